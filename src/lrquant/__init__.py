@@ -1,0 +1,48 @@
+"""lrquant: post-training quantization of transformers with learnable, function-preserving transformations.
+
+    import lrquant
+    lrquant.quantize("zoo:llama", lrquant.Recipe.preset("lrquant", wbits=4, abits=4, calibration="zoo:pydoc",
+                     nsamples=32, seqlen=256), save_dir="llama-w4a4")
+    model = lrquant.load("llama-w4a4")
+    lrquant.evaluate(model, ["zoo:pydoc"], tokenizer=...)
+
+Names are imported on first use, so that `import lrquant` costs nothing. Importing it also teaches
+transformers, as soon as that is imported, to read checkpoints that need lrquant (see _registration).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+from lrquant._registration import register_configuration, register_quantizer
+
+if TYPE_CHECKING:
+    from lrquant.api import Quantized, evaluate, quantize
+    from lrquant.checkpoints import load
+    from lrquant.errors import LrquantError, UsageError
+    from lrquant.recipe import Recipe
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "quantize": "lrquant.api",
+    "evaluate": "lrquant.api",
+    "Quantized": "lrquant.api",
+    "load": "lrquant.checkpoints",
+    "Recipe": "lrquant.recipe",
+    "LrquantError": "lrquant.errors",
+    "UsageError": "lrquant.errors",
+}
+
+__all__ = ["LrquantError", "Quantized", "Recipe", "UsageError", "evaluate", "load", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lrquant' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+register_post_import_hook(register_configuration, "transformers.models.auto.configuration_auto")
+register_post_import_hook(register_quantizer, "transformers.quantizers.auto")

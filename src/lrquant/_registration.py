@@ -1,0 +1,58 @@
+"""Checkpoints that are only right with lrquant, and how transformers learns to read them.
+
+A shift on an RMSNorm model needs biases that its modules lack. Loaded without them such a checkpoint would
+answer nonsense, so it says so twice: its `model_type` is `lrquant`, which plain transformers refuses as
+unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes the
+original family's again, and the quantizer adds the biases before compressed-tensors does the rest.
+"""
+
+from typing import Any
+
+OWN_METHOD = "lrquant"  # as quant_method
+OWN_MODEL_TYPE = "lrquant"  # as model_type
+BASE_MODEL_TYPE = "lrquant_base_model_type"
+
+
+def register_configuration(_: Any = None) -> None:
+    """Make AutoConfig read `model_type: lrquant` as the family it stands for."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    class LrquantModelConfig(PretrainedConfig):
+        model_type = OWN_MODEL_TYPE
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            values = dict(config_dict)
+            base = values.pop(BASE_MODEL_TYPE)
+            values["model_type"] = base
+            return type(AutoConfig.for_model(base)).from_dict(values, **kwargs)
+
+    AutoConfig.register(OWN_MODEL_TYPE, LrquantModelConfig, exist_ok=True)
+
+
+def register_quantizer(_: Any = None) -> None:
+    """Make transformers read `quant_method: lrquant`."""
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    if OWN_METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+
+    @auto.register_quantization_config(OWN_METHOD)
+    class LrquantQuantizationConfig(CompressedTensorsConfig):
+        """compressed-tensors' configuration and the modules that get a bias."""
+
+        def __init__(self, added_biases: list[str] | None = None, **kwargs: Any) -> None:
+            kwargs.pop("quant_method", None)
+            kwargs.pop("version", None)
+            super().__init__(**kwargs)
+            self.added_biases = added_biases or []
+
+    @auto.register_quantizer(OWN_METHOD)
+    class LrquantHfQuantizer(CompressedTensorsHfQuantizer):
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            from lrquant.transforms.bias_slots import add_bias_slots
+
+            add_bias_slots(model, self.quantization_config.added_biases)  # type: ignore[attr-defined]
+            super()._process_model_before_weight_loading(model, **kwargs)

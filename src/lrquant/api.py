@@ -1,0 +1,185 @@
+"""The verbs: `quantize` and `evaluate`."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrquant.architectures import family_of
+from lrquant.calibration.text import calibration_samples, evaluation_ids, text_name
+from lrquant.checkpoints import Sizes, check_save_dir, load, save
+from lrquant.checkpoints.packing import checkpoint_tensors
+from lrquant.checkpoints.saving import measure_sizes
+from lrquant.errors import UsageError
+from lrquant.evaluation import Perplexity, perplexity
+from lrquant.formats.activations import install
+from lrquant.memory import PeakMemory
+from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
+from lrquant.recipe import Recipe
+from lrquant.reconstruction import BlockRecord, Reconstruction, Watcher, reconstruct
+from lrquant.reconstruction.engine import linear_input_args
+from lrquant.transforms.statistics import ChannelStatistics
+
+
+@dataclass
+class Quantized:
+    """A quantized model in memory, and how it came about."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+    result: Reconstruction
+    sizes: Sizes
+    seconds: float
+    peak_memory_bytes: int
+    notes: list[str] = field(default_factory=list)
+    saved_to: Path | None = None
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        return self.result.records
+
+
+def quantize(
+    model_or_path: Any,
+    recipe: Recipe | str = "lrquant",
+    calibration: str | Sequence[torch.Tensor] | None = None,
+    save_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    watcher: Watcher | None = None,
+    statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
+    trust_remote_code: bool = False,
+) -> Quantized:
+    """Quantize a causal language model, block by block, and save it when `save_dir` is given.
+
+    >>> lrquant.quantize("zoo:llama", lrquant.Recipe.preset("lrquant", wbits=4, abits=4,
+    ...                  calibration="zoo:pydoc", nsamples=32, seqlen=256), save_dir="llama-w4a4")
+
+    Args:
+        model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model, which is changed in
+            place (then give its `tokenizer`, unless `calibration` is token ids).
+        recipe: a `Recipe` or a preset's name.
+        calibration: text by name or path, or token ids, (1, tokens) each; None: the recipe's.
+        statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
+
+    Raises:
+        UsageError, LrquantError: one line each; nothing is left behind.
+    """
+    began = time.perf_counter()
+    memory = PeakMemory()
+    recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
+    if isinstance(calibration, str):
+        recipe = recipe.changed(calibration=calibration)
+    target = check_save_dir(save_dir) if save_dir is not None else None
+    on = pick_device(device)
+    dtype = compute_dtype(recipe.dtype, on)
+    if isinstance(model_or_path, str | Path):
+        base = str(model_or_path)
+        tokenizer = tokenizer or load_tokenizer(base, trust_remote_code)
+        model = load_model(base, dtype, trust_remote_code)
+        storage_dtype = _stored_dtype(base, trust_remote_code)
+    else:
+        model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
+        storage_dtype = model.dtype
+    if getattr(model.config, "quantization_config", None):
+        raise UsageError(f"{base}: already quantized; quantize the original model")
+    family = family_of(model)
+    if calibration is None or isinstance(calibration, str):
+        if tokenizer is None:
+            raise UsageError("a model in memory needs its tokenizer, or token ids as calibration")
+        seqlen = window(model.config, recipe.seqlen)
+        recipe = recipe.changed(seqlen=seqlen)
+        ids = calibration_samples(tokenizer, recipe.calibration, recipe.nsamples, seqlen, recipe.seed)
+    else:
+        ids = list(calibration)
+        recipe = recipe.changed(nsamples=len(ids), calibration="token ids given in memory")
+    samples = [{"input_ids": row, "use_cache": False} for row in ids]
+    result = reconstruct(
+        model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), given_statistics=statistics
+    )
+    notes = _notes(recipe, result)
+    _keep_activations_quantized(model, recipe, result)
+    if target is not None:
+        sizes = save(target, model, tokenizer, result, recipe, storage_dtype, base)
+    else:
+        tensors = checkpoint_tensors(model, result, recipe.scheme, storage_dtype)
+        sizes = measure_sizes(model, result, tensors)
+    return Quantized(
+        model, tokenizer, recipe, result, sizes, time.perf_counter() - began, memory.peak_bytes(), notes, target
+    )
+
+
+def evaluate(
+    model_or_path: Any,
+    texts: Sequence[str],
+    seqlen: int | None = None,
+    limit_windows: int | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Perplexity]:
+    """Perplexity of a model on each of `texts`, keyed by the set's or the file's name.
+
+    A quantized checkpoint of lrquant's is evaluated with everything quantized, attention inputs included.
+    """
+    on = pick_device(device)
+    if isinstance(model_or_path, str | Path):
+        tokenizer = tokenizer or load_tokenizer(str(model_or_path), trust_remote_code)
+        model = load(str(model_or_path), compute_dtype(dtype, on), trust_remote_code)
+    else:
+        model = model_or_path
+    if tokenizer is None:
+        raise UsageError("a model in memory needs its tokenizer to be evaluated on text")
+    seqlen = window(model.config, seqlen)
+    ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
+    home = next(model.parameters()).device
+    model.to(on)
+    try:
+        return {name: perplexity(model, tokens, seqlen, limit_windows) for name, tokens in ids.items()}
+    finally:
+        model.to(home)
+
+
+def _stored_dtype(name: str, trust_remote_code: bool) -> torch.dtype:
+    """The floating-point format that the original checkpoint is written in."""
+    from lrquant.models import load_config
+
+    dtype = load_config(name, trust_remote_code).dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
+
+
+def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstruction) -> None:
+    """Leave `model` computing as its checkpoint will."""
+    blocks = model.get_submodule(result.blocks_path)
+    for block in blocks:
+        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, result.flat_inputs)
+        install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
+
+
+def _notes(recipe: Recipe, result: Reconstruction) -> list[str]:
+    """What a user should know of this result besides its numbers."""
+    notes = []
+    if recipe.scheme.attention and not result.attention_quantized:
+        notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
+    if result.attention_quantized:
+        notes.append(
+            "Queries, keys and values are quantized by lrquant.load; plain transformers leaves them in floating point."
+        )
+    if result.added_biases:
+        notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+    undone = [record.index for record in result.records if record.outcome == "kept initial"]
+    if undone:
+        notes.append(
+            f"Learning did not help blocks {', '.join(map(str, undone))}: they keep their initial transformation."
+        )
+    recovered = [record.index for record in result.records if record.recoveries]
+    if recovered:
+        notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")
+    return notes

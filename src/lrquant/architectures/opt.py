@@ -1,0 +1,29 @@
+"""OPT: LayerNorm before each sublayer, biases everywhere, ReLU, learned positions."""
+
+from typing import Any
+
+from lrquant.architectures.family import Family
+from lrquant.architectures.layouts import separate, unpaired
+from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
+
+
+def equivalences(config: Any) -> tuple[Equivalence, ...]:
+    head_dim = config.hidden_size // config.num_attention_heads
+    heads = separate(config.num_attention_heads, 1, head_dim)
+    query, key, value = (f"self_attn.{name}_proj" for name in "qkv")
+    inside: tuple[Equivalence, ...] = (
+        ValueToOutput(value, "self_attn.out_proj", heads.value, heads.output),
+        QueryKey(query, key, heads.query, heads.key, unpaired(head_dim)),
+    )
+    if config.activation_function == "relu":
+        inside += (UpToDown("fc1", "fc2"),)
+    if not config.do_layer_norm_before:  # OPT-350m: the norm's output is also the residual
+        return inside
+    return (
+        NormToLinears("self_attn_layer_norm", (query, key, value)),
+        NormToLinears("final_layer_norm", ("fc1",)),
+        *inside,
+    )
+
+
+FAMILY = Family("opt", ("opt",), "model.decoder.layers", equivalences)

@@ -1,0 +1,125 @@
+"""What a model hands to each of its blocks, found without running them.
+
+Every block is replaced, for one pass, by a recorder that notes its keyword arguments and returns its
+hidden states as they came. The model's own code then walks through all blocks and builds masks, rotary
+embeddings and whatever else its family passes along, per block (Gemma's local and global layers differ),
+and the pass costs an embedding. Nothing here knows any family.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Enough(Exception):
+    """The last block was reached; the head need not run."""
+
+
+@dataclass
+class BlockInputs:
+    """Inputs of all blocks for all samples.
+
+    `hidden[i]` is what the first block receives for sample i, (1, tokens, hidden). `arguments[b]` holds the
+    keyword arguments of block b: one mapping when all samples share it, else one per sample.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[list[dict[str, Any]]]
+
+    def shared(self) -> bool:
+        """Whether samples may be batched: all have one shape and the same arguments."""
+        one_shape = len({hidden.shape for hidden in self.hidden}) == 1 and self.hidden[0].ndim == 3
+        return one_shape and all(len(per_sample) == 1 for per_sample in self.arguments)
+
+    def arguments_of(self, block: int, sample: int, batch: int, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments of `block` for a batch of `batch` samples that starts with `sample`."""
+        per_sample = self.arguments[block]
+        chosen = per_sample[0] if len(per_sample) == 1 else per_sample[sample]
+        return _map_tensors(chosen, lambda tensor: _for_batch(tensor, batch).to(device))
+
+
+def _for_batch(tensor: Tensor, batch: int) -> Tensor:
+    """Tensors were recorded for one sample: a leading 1 broadcasts, anything else is per sample and repeats."""
+    if batch == 1 or tensor.ndim == 0 or tensor.shape[0] == 1:
+        return tensor
+    return torch.cat([tensor] * batch)
+
+
+def _map_tensors(value: Any, change: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return one is other or bool(one == other)
+
+
+@contextmanager
+def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
+    """Within, block i answers a call with `record(i, block's own forward, hidden, arguments)`."""
+    originals = [block.forward for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            original = originals[index]
+
+            def recorder(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
+                hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+                if rest:
+                    raise TypeError(f"a block takes {len(rest)} positional arguments besides its hidden states")
+                return record(_index, _original, hidden, kwargs)
+
+            block.forward = recorder  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def capture(model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dict[str, Any]]) -> BlockInputs:
+    """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one)."""
+    hidden: list[Tensor] = []
+    arguments: list[list[dict[str, Any]]] = [[] for _ in blocks]
+    returns_tuple: bool | None = None
+
+    def record(index: int, original: Any, states: Tensor, kwargs: dict[str, Any]) -> Any:
+        nonlocal returns_tuple
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "layer_past")}
+        if "use_cache" in kwargs:
+            kwargs["use_cache"] = False
+        if index == 0:
+            hidden.append(states.clone())
+            if returns_tuple is None:  # asked of the first block once: some families wrap what they return
+                returns_tuple = isinstance(original(states, **kwargs), tuple)
+        known = arguments[index]
+        if len(hidden) == 1:
+            known.append(kwargs)
+        elif len(known) > 1 or not _equal(known[0], kwargs):
+            known.extend(known[:1] * (len(hidden) - 1 - len(known)))
+            known.append(kwargs)
+        if index == len(blocks) - 1:
+            raise _Enough
+        return (states,) if returns_tuple else states
+
+    with _recording(blocks, record):
+        for sample in samples:
+            try:
+                model(**sample)
+            except _Enough:
+                pass
+    return BlockInputs(hidden, arguments)

@@ -1,0 +1,70 @@
+"""The model card written beside a checkpoint, with the metadata block that the hub reads."""
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lrquant.recipe import Recipe
+from lrquant.reconstruction import Reconstruction
+
+if TYPE_CHECKING:
+    from lrquant.checkpoints.saving import Sizes
+
+_CARD = """---
+{metadata}---
+
+# {base} in {format}
+
+Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method `{method}`, from `{base}`.
+
+| | |
+|---|---|
+| format | {format}, {container} |
+| bits per quantized weight, scales included | {bits:.2f} |
+| size | {megabytes:.1f} MB, {ratio:.2f} times smaller than bf16 |
+| calibration | {nsamples} samples of {calibration}, seed {seed} |
+
+## Loading
+
+```python
+{loading}
+```
+
+{attention}The whole recipe is in `recipe.yaml`.
+"""
+
+
+def model_card(base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction) -> str:
+    """Markdown with YAML metadata."""
+    own = bool(result.added_biases)
+    loading = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
+    if own:
+        loading = "import lrquant  # teaches transformers the biases that this checkpoint adds\n" + loading
+    attention = ""
+    if result.attention_quantized:
+        attention = (
+            f"Queries, keys and values were quantized to {recipe.abits} bits per token and head while this model was "
+            "calibrated. The checkpoint format has no such scheme, so plain transformers leaves them in floating "
+            '(slightly better, not slower); `lrquant.load("PATH")` quantizes them too.\n\n'
+        )
+    metadata = {
+        "base_model": base,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "tags": ["lrquant", "compressed-tensors", recipe.format_name.split()[0].lower()],
+    }
+    return _CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        base=base,
+        format=recipe.format_name,
+        container="lrquant's own format over compressed-tensors" if own else f"compressed-tensors {config['format']}",
+        method=recipe.method,
+        bits=sizes.bits_per_weight,
+        megabytes=sizes.checkpoint_bytes / 1e6,
+        ratio=sizes.ratio,
+        nsamples=recipe.nsamples,
+        calibration=recipe.calibration,
+        seed=recipe.seed,
+        loading=loading,
+        attention=attention,
+    )

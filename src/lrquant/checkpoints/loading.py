@@ -1,0 +1,44 @@
+"""Reading a checkpoint back with everything its recipe asks for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrquant.architectures import family_of
+from lrquant.checkpoints.saving import RECIPE_FILE
+from lrquant.formats.activations import install, route_attention
+from lrquant.models import load_model, resolve_model
+from lrquant.recipe import Recipe
+
+
+def saved_recipe(path: str) -> Recipe | None:
+    """The recipe beside a local checkpoint, if it has one."""
+    file = Path(resolve_model(path)) / RECIPE_FILE
+    return Recipe.from_yaml(file) if file.is_file() else None
+
+
+def apply_attention_quantization(model: Any, recipe: Recipe) -> bool:
+    """Quantize queries, keys and values as `recipe` says; whether anything was done."""
+    args = recipe.scheme.attention
+    if args is None or not route_attention(model):
+        return False
+    blocks: nn.Module = model.get_submodule(family_of(model).blocks)
+    install({}, blocks.modules(), args)
+    return True
+
+
+def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:
+    """A model from disk, the zoo or the hub; a checkpoint of lrquant's comes with its attention quantized too.
+
+    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization; the
+    checkpoint format cannot describe per-token queries, keys and values, and this adds them.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    model = load_model(path, dtype, trust_remote_code)  # type: ignore[arg-type]
+    recipe = saved_recipe(path)
+    if recipe is not None:
+        apply_attention_quantization(model, recipe)
+    return model

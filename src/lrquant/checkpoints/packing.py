@@ -1,0 +1,99 @@
+"""Frozen blocks as compressed-tensors: tensors under their checkpoint names, and the configuration that reads them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import compressed_tensors
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+from torch import Tensor, nn
+
+from lrquant._registration import OWN_METHOD
+from lrquant.formats import Scheme
+from lrquant.formats.storage import dequantized_on_load, pads_zero_points, storage_format
+from lrquant.reconstruction import Reconstruction
+from lrquant.reconstruction.parameters import FrozenBlock
+
+
+def pack_block(frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+    """A block's checkpoint tensors by name within the block."""
+    tensors = dict(frozen.dense)
+    if scheme.weights is None:
+        return tensors
+    packer = BaseCompressor.get_value_from_registry(storage_format(scheme).value)
+    quantization = QuantizationScheme(targets=[], weights=scheme.weights)
+    for linear, weight in frozen.weights.items():
+        local = {"weight": weight.dequantized(), "weight_scale": weight.scale}
+        if weight.zero is not None:
+            local["weight_zero_point"] = weight.zero
+        packed = packer.compress(local, quantization)
+        packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
+        if pads_zero_points(scheme):
+            zero = packed["weight_zero_point"]
+            packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
+        tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
+    return tensors
+
+
+def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, Any]:
+    """The `quantization_config` entry of config.json.
+
+    Linears whose input is flat, (tokens, width), get a group of their own (see formats.schemes). A
+    model that got biases for its shifts is marked with lrquant's own method and lists them.
+    """
+    inside = f"{result.blocks_path}."
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ordinary = scheme.for_linear(0, flat_input=False)
+    ordinary.targets = ["Linear"]
+    groups = {"group_0": ordinary}
+    for name in sorted(result.flat_inputs) if scheme.inputs else ():
+        module = model.get_submodule(f"{inside}0.{name}")
+        flat = scheme.for_linear(module.in_features, flat_input=True)  # type: ignore[arg-type]
+        flat.targets = [rf"re:.*\.{re.escape(name)}$"]
+        groups[f"group_{len(groups)}"] = flat
+    stored = storage_format(scheme)
+    packed = stored is not CompressionFormat.dense
+    for group in groups.values():
+        group.format = stored.value  # left out, integers with activations would be read as one byte each
+        if group.weights is not None and pads_zero_points(scheme):
+            group.weights = group.weights.model_copy(update={"zp_dtype": torch.int32})
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=stored.value,
+        quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
+        ignore=[name for name in linears if not name.startswith(inside)],
+    )
+    data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
+    data["version"] = compressed_tensors.__version__
+    if dequantized_on_load(scheme):
+        data["dequantize"] = True
+    if result.added_biases:
+        data["quant_method"] = OWN_METHOD
+        data["added_biases"] = list(result.added_biases)
+    return data
+
+
+def checkpoint_tensors(
+    model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by its full name: packed blocks, and the rest in `storage_dtype`."""
+    inside = f"{result.blocks_path}."
+    rest: Mapping[str, Tensor] = model.state_dict()
+    tensors = {name: _stored(tensor, storage_dtype) for name, tensor in rest.items() if not name.startswith(inside)}
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    for index, frozen in enumerate(result.frozen):
+        prefix = f"{inside}{index}."
+        packed = pack_block(frozen, scheme, storage_dtype)
+        tensors |= {prefix + name: tensor for name, tensor in packed.items()}
+        for name, tensor in rest.items():  # buffers of the block
+            if name.startswith(prefix) and name.removeprefix(prefix).rpartition(".")[0] not in frozen.weights:
+                tensors.setdefault(name, _stored(tensor, storage_dtype))
+    return tensors
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,50 @@
+"""Perplexity of a causal language model on non-overlapping windows of a text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean over windows of a window's mean negative log-likelihood over seqlen − 1 predictions."""
+
+    value: float
+    windows: int
+    seqlen: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    ids: Tensor,  # (tokens,)
+    seqlen: int,
+    limit_windows: int | None = None,
+    batch_tokens: int = 4096,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> Perplexity:
+    """Perplexity of `model` on `ids` cut into windows of `seqlen`; a last, shorter piece is left out.
+
+    With `limit_windows`, only so many windows from the beginning.
+
+    Raises:
+        UsageError: the text is shorter than one window.
+    """
+    rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit_windows]
+    if len(rows) == 0:
+        raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in rows.split(max(1, batch_tokens // seqlen)):
+        batch = batch.to(device)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (windows, seqlen − 1, vocabulary)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        told(len(batch), len(rows))
+    mean = total / (len(rows) * (seqlen - 1))
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen)

@@ -1,0 +1,48 @@
+"""Losses between a quantized block's outputs and their full-precision targets.
+
+All take (samples, tokens, hidden) and return a scalar. Means are taken over everything, so the value
+does not depend on how many samples share a step. Sums are accumulated in float32 at least.
+"""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-8
+
+
+def mse(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over every element."""
+    return torch.nn.functional.mse_loss(_wide(output), _wide(target))
+
+
+def nlc(output: Tensor, target: Tensor) -> Tensor:
+    """Negative logarithm of cosine similarity (LRQuant, the NLC loss): −log |mean over tokens of cos(y_q, y_fp)|.
+
+    The cosine runs along the hidden dimension. Norms below 1e-8 count as 1e-8, so that a token whose
+    output is zero has cosine 0 and no undefined gradient; the mean is kept at or above 1e-8 likewise.
+    """
+    cosine = torch.nn.functional.cosine_similarity(_wide(output), _wide(target), dim=-1, eps=EPSILON)
+    return -cosine.mean().abs().clamp_min(EPSILON).log()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RunningBalance:
+    """LRQuant+'s dynamically weighted sum: Σ lossᵢ / (emaᵢ + 1e-6), averages from 1, momentum 0.95, no gradient."""
+
+    def __init__(self, momentum: float = 0.95) -> None:
+        self.momentum = momentum
+        self.averages: list[Tensor] = []
+
+    def __call__(self, *terms: Tensor) -> Tensor:
+        if not self.averages:
+            self.averages = [torch.ones_like(term.detach()) for term in terms]
+        self.averages = [
+            self.momentum * average + (1 - self.momentum) * term.detach()
+            for average, term in zip(self.averages, terms, strict=True)
+        ]
+        return sum(  # type: ignore[return-value]
+            term / (average + 1e-6) for term, average in zip(terms, self.averages, strict=True)
+        )

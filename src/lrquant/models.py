@@ -1,0 +1,126 @@
+"""Models and tokenizers by name: a hub name, a local folder, or `zoo:NAME`; every failure is one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrquant.errors import LrquantError, UsageError
+from lrquant.zoo import ZOO_PREFIX, zoo_model_path
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve_model(name: str) -> str:
+    """The local folder or hub name that `name` stands for.
+
+    Raises:
+        UsageError: `name` is no zoo model, no folder with a `config.json`, and cannot be a hub name.
+    """
+    if name.startswith(ZOO_PREFIX):
+        return str(zoo_model_path(name))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{name}: this folder has no config.json, so it is not a model")
+        return name
+    if path.exists():
+        raise UsageError(f"{name}: a model is a folder, not a file")
+    if not _HUB_NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is neither an existing folder nor a model's name on the hub")
+    return name
+
+
+def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """`auto` computes in float32 on CPUs and in bfloat16 on accelerators."""
+    if choice == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[choice]
+
+
+def pick_device(choice: str) -> torch.device:
+    """`auto` takes the accelerator when there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if choice == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        device = torch.device(choice)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {choice!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """The model's transformers configuration."""
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """A causal language model in `dtype`, on the CPU, in evaluation mode, every weight accounted for.
+
+    Raises:
+        LrquantError: a shard is missing or damaged, or a weight is missing from them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loading = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
+    return model.eval()
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+
+
+def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    path = resolve_model(name)
+    try:
+        return auto.from_pretrained(path, **options)
+    except SafetensorError as error:
+        raise LrquantError(f"{name}: a weight file is damaged ({_first_line(error)}); fetch it again") from error
+    except OSError as error:
+        if not Path(path).is_dir():
+            raise UsageError(
+                f"{name!r} is not a local folder, and the hub has no such model or cannot be reached"
+            ) from error
+        raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def window(config: Any, seqlen: int | None) -> int:
+    """Tokens per sample: `seqlen`, or 2048, but no more than the model's positions.
+
+    Raises:
+        UsageError: `seqlen` is more than the model's positions.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if seqlen is None:
+        return min(2048, most or 2048)
+    if most and seqlen > most:
+        raise UsageError(f"seqlen {seqlen} is more than the model's {most} positions")
+    return seqlen

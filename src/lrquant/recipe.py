@@ -1,0 +1,179 @@
+"""The recipe: everything that decides a quantized model besides the model and the text.
+
+A recipe is written beside every result as `recipe.yaml` and reproduces it. Presets are the published
+methods as rows of one table: each is the same engine with parts switched on or off.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lrquant.errors import UsageError
+from lrquant.formats.schemes import BITS, HIGH_PRECISION_BITS, Scheme
+
+_MAX_YAML_BYTES = 1 << 20
+
+
+class Recipe(BaseModel):
+    """What to quantize, into which format, and how to learn it.
+
+    >>> Recipe.preset("lrquant", wbits=4, abits=4).to_yaml("recipe.yaml")
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str = Field("lrquant", description="The preset this recipe started from")
+
+    # The number format.
+    wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
+    abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
+    group_size: int | None = Field(None, ge=1, description="Input channels that share a scale; none: a whole row")
+    symmetric: bool = Field(False, description="Symmetric weight grids (no zero point)")
+    activations_symmetric: bool = Field(False, description="Symmetric activation grids")
+    quantize_attention: bool = Field(True, description="Quantize queries, keys and values at the activations' bits")
+
+    # The transformations.
+    let: bool = Field(True, description="Smooth activations by learnable equivalent transformations")
+    init: Literal["log", "smoothquant"] = Field("log", description="How smoothing scales start")
+    alpha: float = Field(0.5, ge=0, le=1, description="SmoothQuant's migration strength")
+    shift: Literal["auto", "on", "off"] = Field(
+        "auto", description="Learn shifts: where the model holds them, or always"
+    )
+    smooth_attention: bool = Field(True, description="Scales between v and out, and between queries and keys")
+    smooth_mlp: bool = Field(True, description="Scales between up and down projections")
+    lwc: bool = Field(True, description="Learnable weight clipping")
+
+    # The learning.
+    loss: Literal["mse", "mse+nlc"] = Field("mse+nlc", description="Reconstruction loss")
+    two_branch: bool = Field(False, description="Targets from the original's own stream and from the quantized one")
+    dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
+    rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
+    rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
+    epochs: int = Field(20, ge=0, le=10_000, description="Passes over the calibration samples per block")
+    batch_size: int = Field(1, ge=1, description="Samples per step")
+    let_lr: float = Field(5e-3, gt=0, le=1, description="Learning rate of smoothing scales and shifts")
+    lwc_lr: float = Field(1e-2, gt=0, le=1, description="Learning rate of clipping thresholds")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
+
+    # The calibration samples and the machine.
+    calibration: str = Field("wikitext2", description="Data set or file the samples come from")
+    nsamples: int = Field(128, ge=1, le=1_000_000, description="Calibration samples")
+    seqlen: int | None = Field(
+        None, ge=2, le=1_000_000, description="Tokens per sample; none: 2048 or the model's most"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Decides samples and their order")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the computation")
+
+    @field_validator("wbits", "abits")
+    @classmethod
+    def _known_bits(cls, bits: int) -> int:
+        if bits not in BITS and bits != HIGH_PRECISION_BITS:
+            raise ValueError("integers have 2 to 8 bits, and 16 leaves a tensor unquantized")
+        return bits
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "Recipe":
+        if self.wbits == self.abits == HIGH_PRECISION_BITS:
+            raise ValueError("wbits and abits are both 16: nothing would be quantized")
+        if self.method not in PRESETS:
+            raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
+        return self
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme.integer(
+            self.wbits,
+            self.abits,
+            self.group_size,
+            self.symmetric,
+            self.activations_symmetric,
+            self.quantize_attention,
+        )
+
+    @property
+    def format_name(self) -> str:
+        """The field's short name of the format: `W4A4`, `W2A16 g64`."""
+        return f"W{self.wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
+
+    @property
+    def learns(self) -> bool:
+        return self.epochs > 0 and (self.let or self.lwc or self.rotation)
+
+    @classmethod
+    def preset(cls, method: str = "lrquant", **changes: Any) -> "Recipe":
+        """The recipe of a published method, with `changes` to any field (None: leave the preset's)."""
+        if method not in PRESETS:
+            raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
+        chosen = {name: value for name, value in changes.items() if value is not None}
+        values = {"method": method, **PRESETS[method]}
+        if chosen.get("abits", cls.model_fields["abits"].default) == HIGH_PRECISION_BITS:
+            values |= WEIGHT_ONLY.get(method, {})
+        return cls.parse(values | chosen)
+
+    @classmethod
+    def parse(cls, values: Any) -> "Recipe":
+        """A recipe from plain values; the first thing wrong is one line."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            if first["type"] == "extra_forbidden":
+                raise UsageError(f"unknown recipe key {where!r}: there are {', '.join(cls.model_fields)}") from None
+            value = f" = {str(first['input'])[:80]!r}" if first["loc"] else ""
+            raise UsageError(f"{where}{value}: {first['msg'].removeprefix('Value error, ')}") from None
+
+    def changed(self, **changes: Any) -> "Recipe":
+        """A copy with `changes`, validated (None: leave as it is)."""
+        return self.parse(self.model_dump() | {name: value for name, value in changes.items() if value is not None})
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The recipe as YAML text, also written to `path` when given."""
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Read a recipe; keys that are left out take the preset's values for the file's `method`."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_YAML_BYTES:
+                raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, this is no recipe")
+            values = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot read the recipe ({error})") from None
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise UsageError(f"{path}: a recipe is a mapping of option names to values")
+        method = values.get("method", "lrquant")
+        if not isinstance(method, str) or method not in PRESETS:
+            raise UsageError(f"{path}: unknown method {method!r}: there are {', '.join(PRESETS)}")
+        defaults = dict(PRESETS[method])
+        if values.get("abits") == HIGH_PRECISION_BITS:
+            defaults |= WEIGHT_ONLY.get(method, {})
+        return cls.parse(defaults | values)
+
+
+_NO_LEARNING: dict[str, Any] = {"lwc": False, "epochs": 0, "smooth_attention": False, "smooth_mlp": False}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rtn": _NO_LEARNING | {"let": False},
+    "smoothquant": _NO_LEARNING | {"init": "smoothquant", "shift": "off"},
+    "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
+    "lrquant": {},
+}
+
+# The papers' weight-only setting learns clipping alone; attention inputs are activations.
+WEIGHT_ONLY: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "smoothquant": {},
+    "omniquant": {"let": False},
+    "lrquant": {},
+}

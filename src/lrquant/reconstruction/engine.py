@@ -1,0 +1,325 @@
+"""The block loop: two streams of hidden states through the model, one block on the device at a time.
+
+    targets   x  ← f(x; W)          the full-precision stream, which also yields the statistics
+    learn     θ* minimises loss(f(x̂; W(θ)), targets)
+    freeze    W(θ*) → integers, scales, zero points
+    advance   x̂ ← f(x̂; frozen)
+
+The activation store holds both streams once (a third time per block for the two-branch loss); a stream
+is overwritten sample by sample as it advances.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.architectures import Family
+from lrquant.calibration.capture import BlockInputs, capture
+from lrquant.errors import LrquantError, UsageError
+from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.learning import Forward, Learnables, learn
+from lrquant.reconstruction.parameters import (
+    BlockParameters,
+    FrozenBlock,
+    freeze,
+    initial_clipping,
+    initial_rotation,
+    initial_smoothing,
+    quantized_parameters,
+)
+from lrquant.reconstruction.records import BlockRecord, Watcher
+from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
+from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
+from lrquant.transforms.statistics import ChannelStatistics
+
+
+@dataclass
+class Reconstruction:
+    """What the engine leaves behind besides the model, whose blocks now hold the quantized values."""
+
+    blocks_path: str
+    frozen: list[FrozenBlock] = field(default_factory=list)
+    learned: list[Learnables] = field(default_factory=list)
+    statistics: list[dict[str, ChannelStatistics]] = field(default_factory=list)
+    records: list[BlockRecord] = field(default_factory=list)
+    flat_inputs: set[str] = field(default_factory=set)  # linears (names within a block) that see (tokens, width)
+    added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
+    attention_quantized: bool = False
+
+
+def reconstruct(
+    model: nn.Module,
+    family: Family,
+    recipe: Recipe,
+    samples: Sequence[dict[str, Any]],
+    device: torch.device,
+    storage_dtype: torch.dtype,
+    watcher: Watcher,
+    given_statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
+) -> Reconstruction:
+    """Quantize `model`'s blocks in place. `samples` are keyword arguments of single-sample calls."""
+    blocks = list(model.get_submodule(family.blocks).children())
+    equivalences = enabled_equivalences(family, model.config, recipe)
+    check_group_size(blocks[0], recipe.group_size)
+    scheme = recipe.scheme
+    attention_args = scheme.attention if scheme.attention and route_attention(model) else None
+    result = Reconstruction(family.blocks, attention_quantized=attention_args is not None)
+    inputs = capture(model, blocks, samples)
+    target_stream = inputs.hidden
+    quantized_stream = [hidden.clone() for hidden in target_stream]
+    batch = recipe.batch_size if inputs.shared() else 1
+    watcher.started(len(blocks), recipe.epochs if recipe.learns else 0)
+    for index, block in enumerate(blocks):
+        began = time.perf_counter()
+        check_finite(block, f"{family.blocks}.{index}")
+        with _on_device(block, device):
+            run = _Run(block, index, inputs, device, batch)
+            own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
+            statistics, flat = run.advance_full_precision(target_stream)
+            if given_statistics is not None:
+                statistics = {name: _moved(value, device) for name, value in given_statistics[index].items()}
+            result.flat_inputs |= flat
+            shifted, slots = choose_shifts(block, equivalences, recipe.shift)
+            start: Learnables = {}
+            if recipe.let:
+                fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
+                start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
+            add_bias_slots(block, slots)
+            result.added_biases += tuple(f"{family.blocks}.{index}.{name}" for name in slots)
+            fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
+            if recipe.lwc and scheme.weights:
+                start |= initial_clipping(fixed)
+            if recipe.rotation and scheme.weights:
+                generator = torch.Generator().manual_seed(recipe.seed + index)
+                start |= initial_rotation(fixed, recipe.rotation_rank, generator)
+            input_args = linear_input_args(block, scheme.inputs, recipe, flat)
+            with quantized_activations(block, input_args, attention_args):
+                targets = [target_stream] if own_targets is None else [target_stream, own_targets]
+                learned = learn(
+                    run.forward_function(fixed, quantized_stream, targets),
+                    start,
+                    len(samples),
+                    batch,
+                    recipe,
+                    recipe.seed + index,
+                    lambda epoch, loss, index=index: watcher.epoch_done(index, epoch, loss),  # type: ignore[misc]
+                )
+                frozen = freeze(fixed, learned.learnables)
+                _install(block, frozen)
+                cosine = run.advance(quantized_stream, target_stream)
+        record = BlockRecord(
+            index,
+            learned.initial_loss,
+            learned.final_loss,
+            learned.outcome,
+            learned.epoch_losses,
+            learned.recoveries,
+            time.perf_counter() - began,
+            cosine,
+        )
+        result.frozen.append(frozen_on_cpu(frozen))
+        result.learned.append({name: tensor.cpu() for name, tensor in learned.learnables.items()})
+        result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
+        result.records.append(record)
+        watcher.block_done(record)
+    return result
+
+
+def enabled_equivalences(family: Family, config: Any, recipe: Recipe) -> list[Equivalence]:
+    """The family's transformations that the recipe switches on. Query–key scales only matter to rounded attention."""
+    if not recipe.let:
+        return []
+    enabled = []
+    for equivalence in family.equivalences(config):
+        if isinstance(equivalence, ValueToOutput) and not recipe.smooth_attention:
+            continue
+        if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention):
+            continue
+        if isinstance(equivalence, UpToDown) and not recipe.smooth_mlp:
+            continue
+        enabled.append(equivalence)
+    return enabled
+
+
+def choose_shifts(
+    block: nn.Module, equivalences: Sequence[Equivalence], shift: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(transformations that learn a shift, modules that need a bias added for it).
+
+    `auto` shifts where every bias is there; `on` everywhere, and the missing biases are added.
+    """
+    if shift == "off":
+        return (), ()
+    shifted, slots = [], []
+    for equivalence in equivalences:
+        missing = missing_biases(block, equivalence.bias_slots)
+        if equivalence.bias_slots and (shift == "on" or not missing):
+            shifted.append(equivalence.name)
+            slots += [name for name in missing if name not in slots]
+    return tuple(shifted), tuple(slots)
+
+
+def check_group_size(block: nn.Module, group_size: int | None) -> None:
+    for name, module in block.named_modules():
+        if group_size and isinstance(module, nn.Linear) and module.in_features % group_size:
+            widths = [part.in_features for part in block.modules() if isinstance(part, nn.Linear)]
+            divisors = [size for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
+            raise UsageError(
+                f"group size {group_size} does not divide the {module.in_features} input channels of {name}; "
+                f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave it out'}"
+            )
+
+
+def check_finite(block: nn.Module, path: str) -> None:
+    for name, parameter in block.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise LrquantError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def linear_input_args(
+    block: nn.Module, args: QuantizationArgs | None, recipe: Recipe, flat: set[str]
+) -> dict[nn.Linear, QuantizationArgs | None]:
+    """Activation format of every linear's input."""
+    return {
+        module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and args is not None
+    }
+
+
+def frozen_on_cpu(frozen: FrozenBlock) -> FrozenBlock:
+    weights = {
+        name: weight._replace(
+            integers=weight.integers.cpu(),
+            scale=weight.scale.cpu(),
+            zero=None if weight.zero is None else weight.zero.cpu(),
+        )
+        for name, weight in frozen.weights.items()
+    }
+    return FrozenBlock(weights, {name: tensor.cpu() for name, tensor in frozen.dense.items()}, frozen.product_dtype)
+
+
+def _moved(statistics: ChannelStatistics, device: torch.device) -> ChannelStatistics:
+    absmax, midpoint = statistics.absmax, statistics.midpoint
+    return ChannelStatistics(
+        None if absmax is None else absmax.to(device), None if midpoint is None else midpoint.to(device)
+    )
+
+
+@contextmanager
+def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
+    block.to(device)
+    try:
+        yield
+    finally:
+        block.to("cpu")
+
+
+@torch.no_grad()
+def _install(block: nn.Module, frozen: FrozenBlock) -> None:
+    parameters = dict(block.named_parameters())
+    for name, tensor in frozen.parameters(next(block.parameters()).dtype).items():
+        parameters[name].copy_(tensor)
+
+
+def _split(output: Tensor, samples: int) -> Sequence[Tensor]:
+    """One tensor per sample; a lone sample may come without a batch dimension."""
+    return [output] if samples == 1 else output.split(1)
+
+
+@dataclass
+class _Run:
+    """Calls of one block on the samples of a stream."""
+
+    block: nn.Module
+    index: int
+    inputs: BlockInputs
+    device: torch.device
+    batch: int
+
+    def _call(self, stream: Sequence[Tensor], chosen: Sequence[int], parameters: Mapping[str, Tensor] | None) -> Tensor:
+        """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
+        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
+        hidden = torch.cat([stream[sample] for sample in chosen]).to(self.device)
+        output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _batches(self) -> Iterator[list[int]]:
+        everything = range(len(self.inputs.hidden))
+        for start in range(0, len(everything), self.batch):
+            yield list(everything[start : start + self.batch])
+
+    @torch.no_grad()
+    def outputs(self, stream: Sequence[Tensor]) -> list[Tensor]:
+        """The block's outputs on `stream`, kept apart from it."""
+        result: list[Tensor] = []
+        for chosen in self._batches():
+            result += _split(self._call(stream, chosen, None).to(stream[0].device), len(chosen))
+        return result
+
+    @torch.no_grad()
+    def advance_full_precision(self, stream: list[Tensor]) -> tuple[dict[str, ChannelStatistics], set[str]]:
+        """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
+        statistics: dict[str, ChannelStatistics] = {}
+        flat: set[str] = set()
+        rows = [0]
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                if x.ndim == 2:
+                    flat.add(name)
+                statistics.setdefault(name, ChannelStatistics()).update(x.reshape(rows[0], -1, x.shape[-1]))
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            for chosen in self._batches():
+                rows[0] = len(chosen)
+                for sample, output in zip(chosen, _split(self._call(stream, chosen, None), len(chosen)), strict=True):
+                    if not torch.isfinite(output).all():
+                        raise LrquantError(
+                            f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
+                        )
+                    stream[sample] = output.to(stream[sample].device)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return statistics, flat
+
+    @torch.no_grad()
+    def advance(self, stream: list[Tensor], targets: Sequence[Tensor]) -> float:
+        """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
+        total = 0.0
+        for chosen in self._batches():
+            for sample, output in zip(chosen, _split(self._call(stream, chosen, None), len(chosen)), strict=True):
+                stream[sample] = output.to(stream[sample].device)
+                target = targets[sample].to(output.device)
+                total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
+        return total / len(stream)
+
+    def forward_function(
+        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+    ) -> Forward:
+        """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
+        dtype = next(self.block.parameters()).dtype
+
+        def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+            output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype))
+            wanted = [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]
+            return output, wanted
+
+        return forward

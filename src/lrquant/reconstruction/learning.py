@@ -1,0 +1,144 @@
+"""Learning one block: AdamW on a handful of vectors so that the quantized block answers like the original.
+
+A non-finite loss or gradient sends the learnables back to the best epoch's state with half the rates, a
+few times; a block that ends worse than it began is given its initial transformation back.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrquant.losses import RunningBalance, mse, nlc
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.records import Outcome
+from lrquant.transforms.smoothing import LEAST_SCALE
+
+MOST_RECOVERIES = 5
+MOST_MEASURED = 32  # samples on which the loss before and after is compared
+
+Learnables = dict[str, Tensor]
+# (learnables, sample indices) → (outputs, [targets…]); one target per branch
+Forward = Callable[[Learnables, Sequence[int]], tuple[Tensor, list[Tensor]]]
+
+
+@dataclass
+class Learned:
+    """The outcome of learning one block."""
+
+    learnables: Learnables
+    outcome: Outcome
+    initial_loss: float
+    final_loss: float
+    epoch_losses: list[float]
+    recoveries: int
+
+
+def plain_loss(output: Tensor, targets: Sequence[Tensor], with_nlc: bool) -> tuple[Tensor, Tensor | None]:
+    """(Σ MSE, Σ NLC or None) over the branches' targets."""
+    squared = sum(mse(output, target) for target in targets)
+    direction = sum(nlc(output, target) for target in targets) if with_nlc else None
+    return squared, direction  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def measure(forward: Forward, learnables: Learnables, samples: int, batch: int, with_nlc: bool) -> float:
+    """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
+    chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
+    total = 0.0
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        squared, direction = plain_loss(*forward(learnables, part), with_nlc)
+        total += float(squared if direction is None else squared + direction) * len(part)
+    return total / len(chosen)
+
+
+def learn(
+    forward: Forward,
+    initial: Learnables,
+    samples: int,
+    batch: int,
+    recipe: Recipe,
+    seed: int,
+    told: Callable[[int, float], None],
+) -> Learned:
+    """Minimise the recipe's loss over `samples` from `initial`; `told(epoch, loss)` hears of every epoch."""
+    with_nlc = recipe.loss == "mse+nlc"
+    before = measure(forward, initial, samples, batch, with_nlc)
+    if not recipe.learns or not initial:
+        return Learned(initial, "initial", before, before, [], 0)
+
+    current = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
+    best, best_loss = _copy(initial), before if math.isfinite(before) else math.inf
+    epoch_losses: list[float] = []
+    recoveries = 0
+    generator = torch.Generator().manual_seed(seed)
+    balance = RunningBalance() if recipe.dynamic_loss else None
+    optimizer, schedule = _optimizer(current, recipe, samples, batch, 1.0)
+    for epoch in range(recipe.epochs):
+        order = torch.randperm(samples, generator=generator).tolist()
+        total, finite = 0.0, True
+        for start in range(0, samples, batch):
+            part = sorted(order[start : start + batch])
+            squared, direction = plain_loss(*forward(current, part), with_nlc)
+            terms = [squared] if direction is None else [squared, direction]
+            loss = balance(*terms) if balance else sum(terms)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[union-attr]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in current.values() if p.grad is not None])
+            if not bool(torch.isfinite(norm + loss.detach())):  # type: ignore[union-attr]
+                finite = False
+                break
+            optimizer.step()
+            schedule.step()
+            _keep_positive(current)
+            total += float(sum(term.detach() for term in terms)) * len(part)
+        if finite:
+            epoch_losses.append(total / samples)
+            told(epoch, epoch_losses[-1])
+            if epoch_losses[-1] < best_loss:
+                best, best_loss = _copy(current), epoch_losses[-1]
+            continue
+        recoveries += 1
+        if recoveries > MOST_RECOVERIES:
+            break
+        current = {name: tensor.clone().requires_grad_() for name, tensor in best.items()}
+        balance = RunningBalance() if recipe.dynamic_loss else None
+        optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
+
+    final = _copy(current)
+    after = measure(forward, final, samples, batch, with_nlc)
+    outcome: Outcome = "learned"
+    if not after <= before:  # also when `after` is NaN
+        final, outcome = best, "best epoch"
+        after = measure(forward, final, samples, batch, with_nlc)
+    if not after <= before:
+        final, outcome, after = initial, "kept initial", before
+    return Learned(final, outcome, before, after, epoch_losses, recoveries)
+
+
+def _copy(learnables: Learnables) -> Learnables:
+    return {name: tensor.detach().clone() for name, tensor in learnables.items()}
+
+
+@torch.no_grad()
+def _keep_positive(learnables: Learnables) -> None:
+    for name, tensor in learnables.items():
+        if name.endswith(".scale"):
+            tensor.clamp_(min=LEAST_SCALE)
+
+
+def _optimizer(
+    learnables: Learnables, recipe: Recipe, samples: int, batch: int, factor: float, done: int = 0
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
+    smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
+    others = [tensor for name, tensor in learnables.items() if not name.endswith((".scale", ".shift"))]
+    groups = [{"params": smoothing, "lr": recipe.let_lr * factor}, {"params": others, "lr": recipe.lwc_lr * factor}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+    steps = max(1, recipe.epochs - done) * math.ceil(samples / batch)
+    if recipe.schedule == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

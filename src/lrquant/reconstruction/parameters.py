@@ -1,0 +1,173 @@
+"""A block's quantized parameters as a pure function of its learnables; the same function trains and freezes.
+
+Learnables, by name:
+
+    <transformation>.scale, .shift     see lrquant.transforms
+    <linear>.clip_low, .clip_high      (out, groups, 1), logits of the factors on a group's minimum and maximum (LWC)
+    <linear>.rotation                  (out, 1) factor on the dequantized weight's rows (LRQuant+)
+    <linear>.rotation_left, _right     (out, k), (k, in): the same with rank k; cannot fold into scales
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrquant.formats import Grid, Scheme, fake_quantize_weight, quantize_weight
+from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.storage import product_dtype
+from lrquant.transforms import Equivalence, materialize, reparameterize
+from lrquant.transforms.statistics import ChannelStatistics
+
+CLIP_LOGIT = 4.0  # sigmoid(4) = 0.982: nearly the whole range
+
+
+@dataclass(frozen=True)
+class BlockParameters:
+    """What stays fixed while a block is learned."""
+
+    tensors: Mapping[str, Tensor]  # the block's own parameters by name, float32
+    linears: tuple[str, ...]
+    equivalences: Sequence[Equivalence]
+    grid: Grid | None  # None: weights stay in floating point
+    storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
+    product_dtype: torch.dtype  # in which loaders dequantize (formats.storage)
+
+    @classmethod
+    def of(
+        cls, block: nn.Module, equivalences: Sequence[Equivalence], scheme: Scheme, storage_dtype: torch.dtype
+    ) -> "BlockParameters":
+        tensors = {name: parameter.detach().float() for name, parameter in block.named_parameters()}
+        grid = Grid.of(scheme.weights) if scheme.weights else None
+        products = product_dtype(scheme, storage_dtype)
+        return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products)
+
+
+def linear_names(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+
+
+def initial_smoothing(
+    fixed: BlockParameters,
+    statistics: Mapping[str, ChannelStatistics],
+    init: str,
+    alpha: float,
+    shifted: Sequence[str],
+) -> dict[str, Tensor]:
+    """Where scales and shifts start. `shifted` names the transformations that learn a shift."""
+    learnables = {}
+    for equivalence in fixed.equivalences:
+        start = equivalence.initial(fixed.tensors, statistics, init, alpha)
+        learnables[f"{equivalence.name}.scale"] = start["scale"].contiguous()
+        if equivalence.name in shifted:
+            learnables[f"{equivalence.name}.shift"] = start["shift"].contiguous()
+    return learnables
+
+
+def initial_clipping(fixed: BlockParameters) -> dict[str, Tensor]:
+    assert fixed.grid is not None
+    learnables = {}
+    for linear in fixed.linears:
+        weight = fixed.tensors[f"{linear}.weight"]
+        groups = weight.shape[1] // (fixed.grid.group_size or weight.shape[1])
+        for end in ("clip_low", "clip_high"):
+            learnables[f"{linear}.{end}"] = weight.new_full((weight.shape[0], groups, 1), CLIP_LOGIT)
+    return learnables
+
+
+def initial_rotation(fixed: BlockParameters, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Rotations that start at one. Above rank 1 the further columns start small and random against zero rows."""
+    learnables = {}
+    for linear in fixed.linears:
+        weight = fixed.tensors[f"{linear}.weight"]
+        if rank == 1:
+            learnables[f"{linear}.rotation"] = weight.new_ones(weight.shape[0], 1)
+            continue
+        left = torch.randn(weight.shape[0], rank, generator=generator).to(weight) * 0.01
+        right = weight.new_zeros(rank, weight.shape[1])
+        left[:, 0], right[0] = 1.0, 1.0
+        learnables |= {f"{linear}.rotation_left": left, f"{linear}.rotation_right": right}
+    return learnables
+
+
+def _clip(learnables: Mapping[str, Tensor], linear: str, end: str) -> Tensor | None:
+    logits = learnables.get(f"{linear}.{end}")
+    return None if logits is None else logits.sigmoid()
+
+
+def _rotate(weight: Tensor, learnables: Mapping[str, Tensor], linear: str) -> Tensor:
+    if f"{linear}.rotation" in learnables:
+        return weight * learnables[f"{linear}.rotation"]
+    if f"{linear}.rotation_left" in learnables:
+        return weight * (learnables[f"{linear}.rotation_left"] @ learnables[f"{linear}.rotation_right"])
+    return weight
+
+
+def quantized_parameters(
+    fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The block's parameters with every linear transformed and fake-quantized, in `dtype`; differentiable."""
+    changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
+    if fixed.grid is None:
+        return {name: value.to(dtype) for name, value in materialize(fixed.tensors, changed).items()}
+    result = {name: vector.to(dtype) for name, vector in changed.vectors.items()}
+    for linear in fixed.linears:
+        weight = fake_quantize_weight(
+            fixed.tensors[f"{linear}.weight"],
+            fixed.grid,
+            changed.row.get(linear),
+            changed.column.get(linear),
+            _clip(learnables, linear, "clip_low"),
+            _clip(learnables, linear, "clip_high"),
+            scale_dtype=fixed.storage_dtype,
+        )
+        result[f"{linear}.weight"] = _rotate(weight, learnables, linear).to(fixed.product_dtype).to(dtype)
+    return result
+
+
+@dataclass(frozen=True)
+class FrozenBlock:
+    """A block's final parameters: quantized weights, and everything that stays in floating point."""
+
+    weights: Mapping[str, QuantizedWeight]  # linear → integers, scales, zero points
+    dense: Mapping[str, Tensor]  # parameter name → values in the storage dtype
+    product_dtype: torch.dtype = torch.float32
+
+    def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """As `quantized_parameters`, from what the checkpoint holds."""
+        result = {name: tensor.to(dtype) for name, tensor in self.dense.items()}
+        products = self.product_dtype
+        return result | {
+            f"{linear}.weight": weight.dequantized(products).to(dtype) for linear, weight in self.weights.items()
+        }
+
+
+@torch.no_grad()
+def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBlock:
+    """Integers, scales and zero points of the learned block. A rotation by rows folds into the scales."""
+    changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
+    if fixed.grid is None:
+        dense = materialize(fixed.tensors, changed)
+        return FrozenBlock({}, {name: value.to(fixed.storage_dtype) for name, value in dense.items()})
+    dense = dict(fixed.tensors) | dict(changed.vectors)
+    weights = {}
+    for linear in fixed.linears:
+        weight = quantize_weight(
+            dense.pop(f"{linear}.weight"),
+            fixed.grid,
+            changed.row.get(linear),
+            changed.column.get(linear),
+            _clip(learnables, linear, "clip_low"),
+            _clip(learnables, linear, "clip_high"),
+            scale_dtype=fixed.storage_dtype,
+        )
+        if f"{linear}.rotation" in learnables:
+            scale = (weight.scale * learnables[f"{linear}.rotation"]).to(fixed.storage_dtype).float()
+            weight = weight._replace(scale=scale)
+        elif f"{linear}.rotation_left" in learnables:
+            dense[f"{linear}.weight"] = _rotate(weight.dequantized(), learnables, linear)
+            continue
+        weights[linear] = weight
+    stored = {name: value.to(fixed.storage_dtype) for name, value in dense.items()}
+    return FrozenBlock(weights, stored, fixed.product_dtype)

@@ -1,0 +1,33 @@
+"""What is remembered of a run, and who is told while it goes on."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal["initial", "learned", "best epoch", "kept initial"]
+
+
+@dataclass
+class BlockRecord:
+    """One block's story. Losses are the recipe's reconstruction loss, plain MSE or MSE + NLC."""
+
+    index: int
+    initial_loss: float
+    final_loss: float
+    outcome: Outcome  # "initial": nothing to learn; "kept initial": learning ended worse and was undone
+    epoch_losses: list[float] = field(default_factory=list)
+    recoveries: int = 0  # times that a non-finite loss or gradient sent learning back
+    seconds: float = 0.0
+    cosine: float = 0.0  # mean cosine similarity of the quantized block's output to the full-precision model's
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Watcher:
+    """Told of progress; this one does nothing. The command line shows a bar."""
+
+    def started(self, blocks: int, epochs: int) -> None: ...
+
+    def epoch_done(self, block: int, epoch: int, loss: float) -> None: ...
+
+    def block_done(self, record: BlockRecord) -> None: ...

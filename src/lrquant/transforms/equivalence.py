@@ -1,0 +1,116 @@
+"""How transformations act on a block: each records its edits, and one pure function applies them all.
+
+Every transformation here scales and shifts channels. On a linear y = W x + b whose input becomes
+x' = (x − δ)/S and whose output is wanted as y' = (y − ε)/T, that is
+
+    W' = diag(1/T) · W · diag(S)        b' = (b + W δ − ε)/T
+
+and on a norm whose output is to be x', weight' = (weight + o)/S − o and bias' = (bias − δ)/S, where o is 1 in
+families that multiply by (1 + weight) and 0 elsewhere. A weight is never written out here: the factors
+are handed on, because quantization folds them in while it reads the weight (`fake_quantize_weight`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lrquant.transforms.statistics import ChannelStatistics
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass
+class Edits:
+    """What transformations ask of the parameters, by module name. Factors of one module multiply."""
+
+    row: dict[str, Tensor] = field(default_factory=dict)  # (out,), factor on rows
+    column: dict[str, Tensor] = field(default_factory=dict)  # (in,), factor on columns
+    input_shift: dict[str, Tensor] = field(default_factory=dict)  # (in,), δ
+    output_shift: dict[str, Tensor] = field(default_factory=dict)  # (out,), ε
+    norm: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)  # S, δ, o
+
+    def scale_rows(self, linear: str, factor: Tensor) -> None:
+        self.row[linear] = self.row[linear] * factor if linear in self.row else factor
+
+    def scale_columns(self, linear: str, factor: Tensor) -> None:
+        self.column[linear] = self.column[linear] * factor if linear in self.column else factor
+
+
+class Equivalence(Protocol):
+    """One transformation of a block, declared by its family. Learnables are called `name.scale`, `name.shift`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def bias_slots(self) -> tuple[str, ...]:
+        """Modules that need a bias for the shift; empty when the transformation has none."""
+        ...
+
+    def initial(
+        self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
+    ) -> dict[str, Tensor]:
+        """Where the learnables start: `scale`, and `shift` where there are bias slots for it."""
+        ...
+
+    def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None: ...
+
+
+@dataclass(frozen=True)
+class Reparameterized:
+    """A block's new parameters: factors on its linears' weights, and new values of its vectors."""
+
+    row: Mapping[str, Tensor]
+    column: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]  # full parameter name → new norm weight, norm bias or linear bias
+
+
+def reparameterize(
+    params: Parameters, equivalences: Sequence[Equivalence], learnables: Mapping[str, Tensor]
+) -> Reparameterized:
+    """Apply `equivalences` with the given `learnables` to a block's `params`. Pure and differentiable.
+
+    A scale that is absent from `learnables` leaves its transformation out; an absent shift is zero.
+    """
+    edits = Edits()
+    for equivalence in equivalences:
+        scale = learnables.get(f"{equivalence.name}.scale")
+        if scale is not None:
+            equivalence.record(params, scale, learnables.get(f"{equivalence.name}.shift"), edits)
+    vectors: dict[str, Tensor] = {}
+    for norm, (scale, shift, offset) in edits.norm.items():
+        weight = params[f"{norm}.weight"]
+        vectors[f"{norm}.weight"] = (weight + offset) / scale - offset
+        bias = params.get(f"{norm}.bias")
+        if bias is not None:
+            vectors[f"{norm}.bias"] = (bias if shift is None else bias - shift) / scale
+    for linear in edits.row.keys() | edits.input_shift.keys() | edits.output_shift.keys():
+        bias = params.get(f"{linear}.bias")
+        if bias is None:
+            continue
+        if linear in edits.input_shift:
+            bias = bias + params[f"{linear}.weight"] @ edits.input_shift[linear]
+        if linear in edits.output_shift:
+            bias = bias - edits.output_shift[linear]
+        vectors[f"{linear}.bias"] = bias * edits.row[linear] if linear in edits.row else bias
+    return Reparameterized(edits.row, edits.column, vectors)
+
+
+def materialize(params: Parameters, changed: Reparameterized) -> dict[str, Tensor]:
+    """`params` with every transformed weight written out, in full precision."""
+    result = dict(params) | dict(changed.vectors)
+    for linear in changed.row.keys() | changed.column.keys():
+        weight = params[f"{linear}.weight"]
+        if linear in changed.row:
+            weight = weight * changed.row[linear][:, None]
+        result[f"{linear}.weight"] = weight * changed.column[linear] if linear in changed.column else weight
+    return result
+
+
+def spread(size: int, index: Tensor, values: Tensor, fill: float, like: Tensor) -> Tensor:
+    """A vector (size,) of `fill` with `values` at `index` (any shape that `values` broadcasts to)."""
+    base = torch.full((size,), fill, dtype=like.dtype, device=like.device)
+    return base.index_put((index.to(like.device).flatten(),), values.expand(index.shape).flatten())

@@ -1,0 +1,193 @@
+"""The four places where a block's channels can be rescaled without changing its function.
+
+| transformation | scale S per | S divides | S multiplies |
+|---|---|---|---|
+| norm → linears | hidden channel | the norm's output | the linears' columns |
+| v → out | value channel of a key/value head | v's rows | out's columns |
+| q · k | query channel (of a pair that RoPE rotates) | q's rows | k's rows |
+| up → down | intermediate channel | up's rows | down's columns |
+
+S > 0 and, where biases can hold it, a shift δ are learned (LRQuant §3; OmniQuant §3.3). Query heads that
+share a key/value head share its scales; channels that RoPE rotates together share one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrquant.transforms.equivalence import Edits, Parameters, spread
+from lrquant.transforms.statistics import ChannelStatistics
+
+LEAST_SCALE = 1e-2
+
+
+def log_scale(absmax: Tensor) -> Tensor:
+    """Logarithmic activation equivalent, S = a / log₂(2 + a) (LRQuant §3.2), at least 1e-2."""
+    return (absmax / torch.log2(2 + absmax)).clamp_min(LEAST_SCALE)
+
+
+def smoothquant_scale(absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's S = a^α / w^(1−α) (§4), at least 1e-2."""
+    weight_absmax = weight_absmax.clamp_min(1e-5)
+    return (absmax.clamp_min(1e-5) ** alpha / weight_absmax ** (1 - alpha)).clamp_min(LEAST_SCALE)
+
+
+def initial_scale(absmax: Tensor, weight_absmax: Tensor, init: str, alpha: float) -> Tensor:
+    return log_scale(absmax) if init == "log" else smoothquant_scale(absmax, weight_absmax, alpha)
+
+
+@dataclass(frozen=True)
+class NormToLinears:
+    """A norm whose output feeds `linears` and nothing else. `offset` is 1 where the norm multiplies by 1 + weight."""
+
+    norm: str
+    linears: tuple[str, ...]
+    offset: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.norm}->linears"
+
+    @property
+    def bias_slots(self) -> tuple[str, ...]:
+        return (self.norm, *self.linears)
+
+    def initial(
+        self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
+    ) -> dict[str, Tensor]:
+        seen = statistics[self.linears[0]]
+        assert seen.absmax is not None
+        assert seen.midpoint is not None
+        weight_absmax = torch.stack([params[f"{linear}.weight"].abs().amax(0) for linear in self.linears]).amax(0)
+        shift = seen.midpoint if f"{self.norm}.bias" in params else torch.zeros_like(seen.midpoint)
+        return {"scale": initial_scale(seen.absmax, weight_absmax, init, alpha), "shift": shift}
+
+    def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
+        edits.norm[self.norm] = (scale, shift, self.offset)
+        for linear in self.linears:
+            edits.scale_columns(linear, scale)
+            if shift is not None:
+                edits.input_shift[linear] = shift
+
+
+@dataclass(frozen=True)
+class ValueToOutput:
+    """Values pass to the output projection through attention weights that sum to one.
+
+    `value_rows` (kv_heads, head_dim) are v's rows in `value`; `output_columns` (kv_heads, group, head_dim)
+    are the columns of `output` that read them.
+    """
+
+    value: str
+    output: str
+    value_rows: Tensor
+    output_columns: Tensor
+
+    @property
+    def name(self) -> str:
+        return "value->output"
+
+    @property
+    def bias_slots(self) -> tuple[str, ...]:
+        return (self.value, self.output)
+
+    def initial(
+        self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
+    ) -> dict[str, Tensor]:
+        columns = self.output_columns
+        absmax = statistics[self.output].absmax
+        assert absmax is not None
+        weight_absmax = params[f"{self.output}.weight"].abs().amax(0)
+        scale = initial_scale(absmax[columns].amax(1), weight_absmax[columns].amax(1), init, alpha)
+        return {"scale": scale.flatten(), "shift": torch.zeros_like(scale).flatten()}
+
+    def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
+        value, output = params[f"{self.value}.weight"], params[f"{self.output}.weight"]
+        per_head = scale.view(self.value_rows.shape)
+        edits.scale_rows(self.value, spread(value.shape[0], self.value_rows, 1 / per_head, 1.0, scale))
+        columns = self.output_columns
+        edits.scale_columns(self.output, spread(output.shape[1], columns, per_head[:, None], 1.0, scale))
+        if shift is not None:
+            per_head = shift.view(self.value_rows.shape)
+            edits.output_shift[self.value] = spread(value.shape[0], self.value_rows, per_head, 0.0, scale)
+            edits.input_shift[self.output] = spread(output.shape[1], columns, per_head[:, None], 0.0, scale)
+
+
+@dataclass(frozen=True)
+class QueryKey:
+    """Queries divided and keys multiplied by the same S. `pair` (head_dim,) names each channel's scale.
+
+    Rotary embeddings turn two channels into each other, so both have one scale. Where a norm follows the
+    projections (`query_norm`, `key_norm`), shared by all heads, the scales go into its weight and there is
+    one set of them; otherwise each key/value head has its own.
+    """
+
+    query: str
+    key: str
+    query_rows: Tensor  # (kv_heads, group, head_dim)
+    key_rows: Tensor  # (kv_heads, head_dim)
+    pair: Tensor  # (head_dim,) → 0 … scales − 1
+    query_norm: str | None = None
+    key_norm: str | None = None
+    offset: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return "query*key"
+
+    @property
+    def bias_slots(self) -> tuple[str, ...]:
+        return ()
+
+    def initial(
+        self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
+    ) -> dict[str, Tensor]:
+        heads = 1 if self.query_norm else self.key_rows.shape[0]
+        return {"scale": torch.ones(heads * (int(self.pair.max()) + 1), device=params[f"{self.key}.weight"].device)}
+
+    def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
+        per_channel = scale.view(-1, int(self.pair.max()) + 1)[:, self.pair.to(scale.device)]  # (heads, head_dim)
+        if self.query_norm and self.key_norm:
+            edits.norm[self.query_norm] = (per_channel[0], None, self.offset)
+            edits.norm[self.key_norm] = (1 / per_channel[0], None, self.offset)
+            return
+        rows = params[f"{self.query}.weight"].shape[0]
+        edits.scale_rows(self.query, spread(rows, self.query_rows, 1 / per_channel[:, None], 1.0, scale))
+        rows = params[f"{self.key}.weight"].shape[0]
+        edits.scale_rows(self.key, spread(rows, self.key_rows, per_channel, 1.0, scale))
+
+
+@dataclass(frozen=True)
+class UpToDown:
+    """A projection that reaches `down` through a function f with f(x/S)·S = f(x): a gate's product, or ReLU.
+
+    `up_rows` (width,) are the rows of `up` that the columns of `down` read in order; None: all of them.
+    """
+
+    up: str
+    down: str
+    up_rows: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return "up->down"
+
+    @property
+    def bias_slots(self) -> tuple[str, ...]:
+        return ()
+
+    def initial(
+        self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
+    ) -> dict[str, Tensor]:
+        absmax = statistics[self.down].absmax
+        assert absmax is not None
+        return {"scale": initial_scale(absmax, params[f"{self.down}.weight"].abs().amax(0), init, alpha)}
+
+    def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
+        rows = 1 / scale
+        if self.up_rows is not None:
+            rows = spread(params[f"{self.up}.weight"].shape[0], self.up_rows, rows, 1.0, scale)
+        edits.scale_rows(self.up, rows)
+        edits.scale_columns(self.down, scale)

@@ -1,0 +1,26 @@
+"""What smoothing needs to know of a linear's input: per-channel maxima and midpoints."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIDPOINT_MOMENTUM = 0.99
+
+
+@dataclass
+class ChannelStatistics:
+    """Running statistics of one linear's input X over calibration samples, each (in_features,), float32."""
+
+    absmax: Tensor | None = None  # max over tokens of |X_j|
+    midpoint: Tensor | None = None  # (max + min)/2 of a sample, exponentially averaged over samples
+
+    def update(self, x: Tensor) -> None:  # (samples, tokens, in_features)
+        low, high = x.detach().amin(1).float(), x.detach().amax(1).float()
+        absmax = torch.maximum(-low, high).amax(0)
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        for middle in (low + high) / 2:
+            if self.midpoint is None:
+                self.midpoint = middle
+            else:
+                self.midpoint = MIDPOINT_MOMENTUM * self.midpoint + (1 - MIDPOINT_MOMENTUM) * middle

@@ -1,0 +1,94 @@
+"""Offline text that every CPython carries: two data sets, each with a fixed train and held-out part.
+
+`pydoc` is English: the language reference of `pydoc_data.topics` and the docstrings of the standard
+library. `pycode` is source code: the same modules with their docstrings taken out, so that the two sets
+share no sentence and behave as two domains. A document belongs to the held-out part when the hash of its
+name says so; the same module is therefore on the same side in both sets, on every machine and in every
+Python release. The texts themselves follow the interpreter's version, so results name it.
+"""
+
+import ast
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+HELD_OUT_IN = 10  # one document in ten is held out
+
+_FOREIGN = frozenset("site-packages dist-packages encodings pydoc_data lib-dynload __pycache__ __phello__".split())  # noqa: SIM905
+# Parts of the standard library that some distributions package separately.
+_OPTIONAL = frozenset("test tests idle_test idlelib lib2to3 distutils tkinter turtledemo ensurepip".split())  # noqa: SIM905
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the document `name` is in the held-out part: decided by its SHA-256 alone."""
+    return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_IN == 0
+
+
+def _sources(optional: bool) -> Iterator[tuple[str, str]]:
+    """(dotted module name, source) of the standard library's modules, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if not _FOREIGN.isdisjoint(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        if _OPTIONAL.isdisjoint(relative.parts) != optional:
+            found[".".join(relative.with_suffix("").parts)] = path
+    for name in sorted(found):
+        yield name, found[name].read_text(encoding="utf-8", errors="replace")
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[str, ast.Expr, str]]:
+    """(name of the owner, the docstring's statement, its cleaned text) of every docstring in `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", ""), node.body[0], text  # type: ignore[misc]
+
+
+@cache
+def _modules() -> tuple[tuple[str, str, str], ...]:
+    """(name, its docstrings as text, its source without them) of every module that parses."""
+    modules = []
+    for name, source in _sources(optional=False):
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        lines = source.splitlines()
+        prose = []
+        for owner, statement, text in _docstrings(tree):
+            prose.append(f"{name}.{owner}\n\n{text}\n" if owner else f"{name}\n\n{text}\n")
+            for number in range(statement.lineno - 1, statement.end_lineno or statement.lineno):
+                lines[number] = ""
+        code = "\n".join(line for before, line in zip(["x", *lines], lines, strict=False) if before or line)
+        modules.append((name, "\n".join(prose), code.strip() + "\n"))
+    return tuple(modules)
+
+
+def rest_of_library() -> tuple[str, ...]:
+    """Sources of the optional parts (tests, idlelib, …) as far as they are installed: training text only."""
+    return tuple(source for _, source in _sources(optional=True))
+
+
+def _topics() -> dict[str, str]:
+    return importlib.import_module("pydoc_data.topics").topics
+
+
+@cache
+def documents(dataset: str, split: str) -> tuple[str, ...]:
+    """Documents of `dataset` (`pydoc` or `pycode`), part `split` (`train` or `heldout`), ordered by name."""
+    if dataset == "pydoc":
+        named = [(f"topic:{name}", text) for name, text in sorted(_topics().items())]
+        named += [(name, prose) for name, prose, _ in _modules() if prose]
+    elif dataset == "pycode":
+        named = [(name, code) for name, _, code in _modules() if len(code) > 1]
+    else:
+        raise ValueError(f"unknown offline text {dataset!r}: there are 'pydoc' and 'pycode'")
+    if split not in ("train", "heldout"):
+        raise ValueError(f"unknown part {split!r}: there are 'train' and 'heldout'")
+    return tuple(text for name, text in named if is_held_out(name) == (split == "heldout"))
