@@ -19,9 +19,10 @@ from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import BlockRecord, Reconstruction, Watcher, reconstruct
+from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import linear_input_args
 from lrquant.transforms.statistics import ChannelStatistics
+from lrquant.watching import Watcher
 
 
 @dataclass

@@ -1,6 +1,8 @@
 """Models and tokenizers by name: a hub name, a local folder, or `zoo:NAME`; every failure is one line."""
 
+import io
 import re
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,8 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
 
     path = resolve_model(name)
     try:
-        return auto.from_pretrained(path, **options)
+        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars cannot be turned off
+            return auto.from_pretrained(path, **options)
     except SafetensorError as error:
         raise LrquantError(f"{name}: a weight file is damaged ({_first_line(error)}); fetch it again") from error
     except OSError as error:

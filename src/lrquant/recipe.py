@@ -168,6 +168,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoothquant": _NO_LEARNING | {"init": "smoothquant", "shift": "off"},
     "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
     "lrquant": {},
+    "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
 }
 
 # The papers' weight-only setting learns clipping alone; attention inputs are activations.
@@ -176,4 +177,5 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "smoothquant": {},
     "omniquant": {"let": False},
     "lrquant": {},
+    "lrquant+": {},
 }

@@ -2,5 +2,15 @@
 
 from lrquant.checkpoints.loading import apply_attention_quantization, load, saved_recipe
 from lrquant.checkpoints.saving import Sizes, check_save_dir, save
+from lrquant.checkpoints.statistics import load_statistics, save_statistics_file
 
-__all__ = ["Sizes", "apply_attention_quantization", "check_save_dir", "load", "save", "saved_recipe"]
+__all__ = [
+    "Sizes",
+    "apply_attention_quantization",
+    "check_save_dir",
+    "load",
+    "load_statistics",
+    "save",
+    "save_statistics_file",
+    "saved_recipe",
+]

@@ -1,5 +1,7 @@
 """Reading a checkpoint back with everything its recipe asks for."""
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,10 @@ def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     model = load_model(path, dtype, trust_remote_code)  # type: ignore[arg-type]
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None and hasattr(model, "ct_decompress_hook"):
+        with redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+            compressor.decompress_model(model)
     recipe = saved_recipe(path)
     if recipe is not None:
         apply_attention_quantization(model, recipe)

@@ -35,10 +35,11 @@ from lrquant.reconstruction.parameters import (
     initial_smoothing,
     quantized_parameters,
 )
-from lrquant.reconstruction.records import BlockRecord, Watcher
+from lrquant.reconstruction.records import BlockRecord
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
 from lrquant.transforms.statistics import ChannelStatistics
+from lrquant.watching import Watcher
 
 
 @dataclass

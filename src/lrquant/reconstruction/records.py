@@ -1,4 +1,4 @@
-"""What is remembered of a run, and who is told while it goes on."""
+"""What is remembered of a run."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -21,13 +21,3 @@ class BlockRecord:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class Watcher:
-    """Told of progress; this one does nothing. The command line shows a bar."""
-
-    def started(self, blocks: int, epochs: int) -> None: ...
-
-    def epoch_done(self, block: int, epoch: int, loss: float) -> None: ...
-
-    def block_done(self, record: BlockRecord) -> None: ...

@@ -1,0 +1,46 @@
+"""Channel statistics on disk, so that a later run need not gather them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lrquant.errors import UsageError
+from lrquant.transforms.statistics import ChannelStatistics
+
+Statistics = Sequence[dict[str, ChannelStatistics]]
+
+
+def save_statistics_file(path: Path, statistics: Statistics) -> None:
+    """One safetensors file; tensors are called `block.linear:absmax` and `block.linear:midpoint`."""
+    tensors = {
+        f"{index}.{linear}:{kind}": tensor.contiguous()
+        for index, block in enumerate(statistics)
+        for linear, seen in block.items()
+        for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint))
+        if tensor is not None
+    }
+    temporary = path.with_name(f".{path.name}.part")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Statistics written by `save_statistics_file`.
+
+    Raises:
+        UsageError: no such file, or not one of these.
+    """
+    try:
+        tensors = load_file(path)
+        blocks: dict[int, dict[str, ChannelStatistics]] = {}
+        for name, tensor in tensors.items():
+            block, _, rest = name.partition(".")
+            linear, _, kind = rest.rpartition(":")
+            if kind not in ("absmax", "midpoint"):
+                raise ValueError(f"tensor {name!r}")
+            setattr(blocks.setdefault(int(block), {}).setdefault(linear, ChannelStatistics()), kind, tensor)
+        return [blocks[index] for index in range(len(blocks))]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UsageError(f"{path}: not a file of channel statistics ({str(error).splitlines()[0]})") from None

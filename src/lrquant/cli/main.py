@@ -1,0 +1,67 @@
+"""The `lrquant` program: its commands, and the one place where errors become a line and an exit code."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lrquant.cli import console
+from lrquant.cli.demo import demo
+from lrquant.cli.evaluate import evaluate
+from lrquant.cli.quantize import quantize
+from lrquant.errors import LrquantError
+
+app = typer.Typer(
+    name="lrquant",
+    help="Quantize pretrained transformers after training, and see what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
+app.command("demo")(demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lrquant import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["LRQUANT_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("COMPRESSED_TENSORS_LOG_LEVEL", "ERROR")
+    try:
+        app()
+    except LrquantError as error:
+        _fail(str(error), error.exit_code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted; nothing was left behind", 130, error)
+    except Exception as error:
+        _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, error)
+
+
+def _fail(line: str, code: int, error: BaseException) -> None:
+    if os.environ.get("LRQUANT_DEBUG"):
+        raise error
+    console.error(line)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

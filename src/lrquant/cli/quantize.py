@@ -1,0 +1,199 @@
+"""`lrquant quantize`: a checkpoint in, a smaller checkpoint out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrquant.cli import console
+from lrquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from lrquant.api import Quantized
+    from lrquant.evaluation import Perplexity
+    from lrquant.recipe import Recipe
+
+
+class Shift(StrEnum):
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def quantize(
+    model: Model,
+    save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the quantized checkpoint goes: a new folder.")],
+    method: Annotated[
+        str | None, typer.Option(help="rtn, smoothquant, omniquant or lrquant.", show_default="lrquant")
+    ] = None,
+    wbits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.", show_default="4")] = None,
+    abits: Annotated[
+        int | None, typer.Option(help="Bits of an activation, 2 to 8; 16: weights only.", show_default="4")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale.", show_default="a whole row")
+    ] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weight grids.")] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|PATH", help="wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder."),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration samples.", show_default="128")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's most")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the samples per block.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
+    lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
+    let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
+    let_lr: Annotated[float | None, typer.Option(help="Learning rate of smoothing.")] = None,
+    lwc_lr: Annotated[float | None, typer.Option(help="Learning rate of clipping.")] = None,
+    shift: Annotated[Shift | None, typer.Option(help="Learn shifts: where biases hold them, always, never.")] = None,
+    quantize_attention: Annotated[
+        bool | None,
+        typer.Option("--quantize-attention/--no-quantize-attention", help="Round queries, keys and values too."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides samples and their order.", show_default="0")] = None,
+    dtype: Precision = Dtype.auto,
+    device: Device = "auto",
+    eval_ppl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Then measure perplexity on this text; may be repeated."),
+    ] = None,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
+    ] = None,
+    save_statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save this run's channel statistics.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
+    ] = None,
+    json: JsonFile = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
+    changes = {
+        "wbits": wbits,
+        "abits": abits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "calibration": calib,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lwc": lwc,
+        "let": let,
+        "let_lr": let_lr,
+        "lwc_lr": lwc_lr,
+        "shift": shift and shift.value,
+        "quantize_attention": quantize_attention,
+        "seed": seed,
+        "dtype": None if dtype is Dtype.auto else dtype.value,
+    }
+    console.check_json_path(json)
+    chosen = _recipe(method, recipe, changes)
+
+    from lrquant.api import evaluate, quantize
+    from lrquant.checkpoints import load_statistics, save_statistics_file
+
+    given = load_statistics(statistics) if statistics else None
+    with console.watching(f"{chosen.method} {chosen.format_name}") as progress:
+        quantized = quantize(
+            model,
+            chosen,
+            save_dir=save_dir,
+            device=device,
+            watcher=progress,
+            statistics=given,
+            trust_remote_code=trust_remote_code,
+        )
+    if save_statistics:
+        save_statistics_file(save_statistics, quantized.result.statistics)
+    measured = {}
+    if eval_ppl:
+        with console.status("Measuring perplexity"):
+            measured = evaluate(
+                quantized.model,
+                eval_ppl,
+                quantized.recipe.seqlen,
+                limit_windows,
+                tokenizer=quantized.tokenizer,
+                device=device,
+            )
+    show(quantized, measured)
+    console.write_json(json, {"model": model, **figures(quantized, measured)})
+
+
+def _recipe(method: str | None, file: Path | None, changes: dict[str, Any]) -> "Recipe":
+    from lrquant.recipe import Recipe
+
+    if file is None:
+        return Recipe.preset(method or "lrquant", **changes)
+    if method is not None:
+        raise UsageError("give --recipe or --method, not both: the recipe names its method")
+    return Recipe.from_yaml(file).changed(**changes)
+
+
+def show(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> None:
+    """What a person wants to know of a finished run."""
+    sizes = quantized.sizes
+    rows = [
+        ["saved to", str(quantized.saved_to)],
+        ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.ratio:.2f} times smaller than bf16"],
+        ["bits per quantized weight", f"{sizes.bits_per_weight:.3f}"],
+        ["time", f"{quantized.seconds:.1f} s"],
+        ["peak memory", console.megabytes(quantized.peak_memory_bytes)],
+    ]
+    rows += [
+        [f"perplexity {name}", f"{result.value:.3f} ({result.windows} windows of {result.seqlen})"]
+        for name, result in measured.items()
+    ]
+    recipe = quantized.recipe
+    console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
+    for line in quantized.notes:
+        console.note(line)
+
+
+def figures(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> dict[str, Any]:
+    """Everything that `show` shows, and the blocks' records, for programs."""
+    import platform
+
+    import torch
+
+    from lrquant import __version__
+
+    sizes = quantized.sizes
+    return {
+        "method": quantized.recipe.method,
+        "format": quantized.recipe.format_name,
+        "saved_to": str(quantized.saved_to),
+        "seconds": quantized.seconds,
+        "peak_memory_bytes": quantized.peak_memory_bytes,
+        "checkpoint_bytes": sizes.checkpoint_bytes,
+        "bf16_bytes": sizes.bf16_bytes,
+        "ratio_to_bf16": sizes.ratio,
+        "bits_per_weight": sizes.bits_per_weight,
+        "perplexity": {name: result.value for name, result in measured.items()},
+        "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
+        "notes": quantized.notes,
+        "blocks": [record.as_dict() for record in quantized.records],
+        "recipe": quantized.recipe.model_dump(),
+        "versions": {"lrquant": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
