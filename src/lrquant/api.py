@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrquant.architectures import family_of
+from lrquant.architectures import Family, family_of
 from lrquant.calibration.text import calibration_samples, evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, check_save_dir, load, save
 from lrquant.checkpoints.packing import checkpoint_tensors
@@ -102,7 +102,7 @@ def quantize(
     result = reconstruct(
         model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), given_statistics=statistics
     )
-    notes = _notes(recipe, result)
+    notes = _notes(family, recipe, result)
     _keep_activations_quantized(model, recipe, result)
     if target is not None:
         sizes = save(target, model, tokenizer, result, recipe, storage_dtype, base)
@@ -164,9 +164,11 @@ def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructi
         install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
 
 
-def _notes(recipe: Recipe, result: Reconstruction) -> list[str]:
+def _notes(family: Family, recipe: Recipe, result: Reconstruction) -> list[str]:
     """What a user should know of this result besides its numbers."""
     notes = []
+    if not family.known:
+        notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
     if result.attention_quantized:

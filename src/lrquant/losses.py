@@ -1,7 +1,7 @@
 """Losses between a quantized block's outputs and their full-precision targets.
 
-All take (samples, tokens, hidden) and return a scalar. Means are taken over everything, so the value
-does not depend on how many samples share a step. Sums are accumulated in float32 at least.
+All take (samples, tokens, hidden) and return a scalar, a mean over all samples and tokens of the step.
+Sums are accumulated in float32 at least.
 """
 
 import torch

@@ -33,6 +33,7 @@ class Family:
     model_types: tuple[str, ...]  # as in the configuration's `model_type`
     blocks: str
     equivalences: Callable[[Any], Sequence[Equivalence]]
+    known: bool = True  # False: found by inspection
 
 
 @cache
@@ -86,4 +87,4 @@ def _inspect(model: nn.Module, model_type: str) -> Family:
     log.warning(
         "Model type %r is not known: its blocks were found at %s; weight clipping only, no smoothing.", model_type, path
     )
-    return Family(f"unknown ({model_type})", (model_type,), path, lambda config: ())
+    return Family(model_type, (model_type,), path, lambda config: (), known=False)

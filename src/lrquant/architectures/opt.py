@@ -17,7 +17,8 @@ def equivalences(config: Any) -> tuple[Equivalence, ...]:
     )
     if config.activation_function == "relu":
         inside += (UpToDown("fc1", "fc2"),)
-    if not config.do_layer_norm_before:  # OPT-350m: the norm's output is also the residual
+    # OPT-350m: the norm's output is also the residual. Galactica: norms without weights, nothing to rescale.
+    if not (config.do_layer_norm_before and config.layer_norm_elementwise_affine):
         return inside
     return (
         NormToLinears("self_attn_layer_norm", (query, key, value)),

@@ -70,7 +70,8 @@ def find_range(low: Tensor, high: Tensor, grid: Grid, floor: float | None, scale
     `floor` is the least scale; None replaces only a scale of zero, by the dtype's epsilon, which is
     compressed-tensors' rule. `scale_dtype` rounds the scale to what the checkpoint can hold.
     """
-    scale = torch.maximum(-low, high) / (grid.steps / 2) if grid.symmetric else (high - low) / grid.steps
+    steps = low.new_full((), grid.steps)  # no plain number: CUDA would multiply by its reciprocal, which rounds twice
+    scale = torch.maximum(-low, high) / (steps / 2) if grid.symmetric else (high - low) / steps
     if scale_dtype is not None:
         scale = scale.to(scale_dtype).to(low.dtype)
     least = floor if floor is not None else torch.finfo(scale.dtype).eps

@@ -1,0 +1,145 @@
+"""What scripts rely on: options, exit codes, the JSON, and quick help."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import lrquant, lrquant_process
+from tests.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def test_quantize_then_eval(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "held-out.txt").write_text("Every statement ends somewhere. " * 200)
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    done = lrquant(
+        "quantize",
+        tiny,
+        "--method",
+        "omniquant",
+        "--wbits",
+        4,
+        "--abits",
+        4,
+        "--group-size",
+        32,
+        "--calib",
+        "zoo:pydoc",
+        "--nsamples",
+        4,
+        "--seqlen",
+        32,
+        "--epochs",
+        1,
+        "--batch-size",
+        2,
+        "--lwc",
+        "--no-let",
+        "--let-lr",
+        1e-3,
+        "--lwc-lr",
+        1e-2,
+        "--shift",
+        "off",
+        "--no-quantize-attention",
+        "--seed",
+        1,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--save-dir",
+        out,
+        "--eval-ppl",
+        "zoo:pydoc",
+        "--eval-ppl",
+        tmp_path / "held-out.txt",
+        "--limit-windows",
+        2,
+        "--save-statistics",
+        tmp_path / "statistics.safetensors",
+        "--json",
+        figures,
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads(figures.read_text())
+    assert set(values["perplexity"]) == {"zoo:pydoc", "held-out.txt"}
+    for name in ("seconds", "peak_memory_bytes", "checkpoint_bytes", "bits_per_weight", "ratio_to_bf16"):
+        assert values[name] > 0
+    assert values["recipe"]["method"] == "omniquant"
+    assert values["recipe"]["let"] is False
+    assert len(values["blocks"]) == 2
+    # The screen shows the same figures.
+    assert f"{values['perplexity']['zoo:pydoc']:.3f}" in done.stdout
+    assert f"{values['bits_per_weight']:.3f}" in done.stdout
+
+    done = lrquant(
+        "eval", out, "--ppl", "zoo:pydoc", "--seqlen", 32, "--limit-windows", 2, "--json", tmp_path / "eval.json"
+    )
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "eval.json").read_text())
+    assert again["perplexity"]["zoo:pydoc"] == values["perplexity"]["zoo:pydoc"]
+
+    done = lrquant(
+        "quantize",
+        tiny,
+        "--recipe",
+        out / "recipe.yaml",
+        "--seed",
+        2,
+        "--save-dir",
+        tmp_path / "again",
+        "--statistics",
+        tmp_path / "statistics.safetensors",
+        "--json",
+        tmp_path / "again.json",
+    )
+    assert done.returncode == 0, done.stderr
+    recipe = json.loads((tmp_path / "again.json").read_text())["recipe"]
+    assert recipe == values["recipe"] | {"seed": 2}
+
+
+def test_progress_goes_to_standard_error_line_by_line(tiny: Path, tmp_path: Path) -> None:
+    done = lrquant(
+        "quantize",
+        tiny,
+        "--method",
+        "rtn",
+        "--calib",
+        "zoo:pydoc",
+        "--nsamples",
+        2,
+        "--seqlen",
+        32,
+        "--save-dir",
+        tmp_path / "out",
+    )
+    assert "block 2/2" in done.stderr
+    assert "it/s" not in done.stderr
+    assert "block" not in done.stdout.split("saved to")[0]
+
+
+def test_help_is_instant() -> None:
+    """No heavy library is imported for it; an interpreter takes the rest of the half second."""
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        assert lrquant_process("--help").returncode == 0
+        times.append(time.perf_counter() - began)
+    assert min(times) < 1.5  # 0.3 s on an idle machine, where importing torch alone takes two
+
+
+def test_help_imports_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, lrquant.cli.main; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,0 +1,45 @@
+"""The mathematics of fake quantization as a plain chain of differentiable operations, to check the fast one by."""
+
+import torch
+from torch import Tensor
+
+
+def round_straight_through(x: Tensor) -> Tensor:
+    """Rounds; its derivative is 1."""
+    return x + (x.round() - x).detach()
+
+
+def fake_quantize_weight(
+    weight: Tensor,  # (out, in)
+    bits: int,
+    symmetric: bool,
+    group_size: int | None,
+    row: Tensor | None = None,  # (out,)
+    column: Tensor | None = None,  # (in,)
+    clip_low: Tensor | None = None,  # (out, groups, 1)
+    clip_high: Tensor | None = None,  # (out, groups, 1)
+    offset: Tensor | None = None,  # (out, in)
+) -> Tensor:
+    least, most, steps = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
+    if row is not None:
+        weight = weight * row[:, None]
+    if column is not None:
+        weight = weight * column
+    groups = weight.unflatten(-1, (-1, group_size or weight.shape[-1]))
+    low = groups.amin(-1, keepdim=True).clamp(max=0)
+    high = groups.amax(-1, keepdim=True).clamp(min=0)
+    if clip_low is not None:
+        low = low * clip_low
+    if clip_high is not None:
+        high = high * clip_high
+    if symmetric:
+        scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=1e-5)
+        zero = torch.zeros_like(scale)
+    else:
+        scale = ((high - low) / steps).clamp(min=1e-5)
+        zero = round_straight_through((least - low / scale).clamp(least, most))
+    q = groups / scale + zero
+    if offset is not None:
+        q = q + offset.view_as(groups)
+    q = round_straight_through(q.clamp(least, most))
+    return ((q - zero) * scale).flatten(-2)

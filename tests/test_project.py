@@ -1,0 +1,94 @@
+"""The project's own rules: clean lint and types, imports in one direction, documents that tell the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src" / "lrquant").rglob("*.py"))
+
+# A room imports only from rooms to its left (and from its own).
+ROOMS = [
+    ["errors", "watching", "_registration"],
+    ["formats", "losses"],
+    ["recipe"],
+    ["transforms"],
+    ["architectures"],
+    ["zoo"],
+    ["calibration"],
+    ["reconstruction"],
+    ["models", "memory"],
+    ["checkpoints", "evaluation"],
+    ["api"],
+    ["cli"],
+]
+PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
+
+
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+def test_lint_and_types(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that `path` imports when it runs (imports for type checkers alone do not count)."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = []
+    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[1] for name in names if name.startswith("lrquant.")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_imports_point_one_way(path: Path) -> None:
+    relative = path.relative_to(ROOT / "src" / "lrquant")
+    room = relative.parts[0].removesuffix(".py")
+    if room.startswith("__"):
+        return
+    for other in imported_rooms(path):
+        assert other == room or PLACE[other] < PLACE[room], f"{room} imports {other}"
+
+
+def test_the_map_matches_the_folders() -> None:
+    shown = (ROOT / "docs" / "architecture.md").read_text()
+    for path in (ROOT / "src" / "lrquant").iterdir():
+        if path.name.startswith(("__", "py.typed")):
+            continue
+        assert path.name in shown, f"docs/architecture.md does not mention {path.name}"
+
+
+def readme_commands() -> list[str]:
+    return re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.M)
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    run, test = readme_commands()
+    assert run.endswith("lrquant demo")
+    assert test in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_python_runs() -> None:
+    """The README's example, shortened to two samples."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code
+    quick = (
+        code[1].replace("nsamples=32, seqlen=256", "nsamples=2, seqlen=32, epochs=1").replace("seqlen=256", "seqlen=32")
+    )
+    quick = quick.replace("32)\nprint", "32, limit_windows=2)\nprint").replace("=32))", "=32, limit_windows=2))")
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", quick], cwd=folder, capture_output=True, text=True)
+    assert "Perplexity" in done.stdout, done.stderr
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
