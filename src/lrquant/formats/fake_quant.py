@@ -86,21 +86,21 @@ def find_range(low: Tensor, high: Tensor, grid: Grid, floor: float | None, scale
     return Range(scale, zero.clamp_(grid.low, grid.high).round_(), scale_open, zero_open)
 
 
-def to_grid(x: Tensor, found: Range, grid: Grid, offset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(q, inside): whole numbers of `x` (..., groups, g) on the grid, and where clamping left them alone."""
+def to_grid(x: Tensor, found: Range, offset: Tensor | None) -> Tensor:
+    """Where `x` (..., groups, g) falls on the grid, before clamping and rounding."""
     q = x / found.scale
     if found.zero is not None:
         q += found.zero
     if offset is not None:
         q += offset
-    inside = (q >= grid.low) & (q <= grid.high)
-    return q.clamp_(grid.low, grid.high).round_(), inside
+    return q
 
 
 def _scaled(x: Tensor, row: Tensor | None, column: Tensor | None) -> Tensor:
-    if row is not None:
-        x = x * row[:, None]
-    return x if column is None else x * column
+    if row is None:
+        return x if column is None else x * column
+    x = x * row[:, None]
+    return x if column is None else x.mul_(column)
 
 
 def _grouped(x: Tensor, group_size: int | None) -> Tensor:
@@ -126,7 +126,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, row, column, clip_low, clip_high, offset)
         ctx.settings = grid, floor, scale_dtype
         y, found, *_ = _FakeQuantize.evaluate(x, row, column, clip_low, clip_high, grid, floor, scale_dtype)
-        q, _ = to_grid(y, found, grid, None if offset is None else _grouped(offset, grid.group_size))
+        q = to_grid(y, found, None if offset is None else _grouped(offset, grid.group_size))
+        q.clamp_(grid.low, grid.high).round_()
         if found.zero is not None:
             q -= found.zero
         return q.mul_(found.scale).flatten(-2)
@@ -154,7 +155,9 @@ class _FakeQuantize(torch.autograd.Function):
         x, row, column, clip_low, clip_high, offset = ctx.saved_tensors
         grid, floor, scale_dtype = ctx.settings
         y, found, low, high = _FakeQuantize.evaluate(x, row, column, clip_low, clip_high, grid, floor, scale_dtype)
-        q, inside = to_grid(y, found, grid, None if offset is None else _grouped(offset, grid.group_size))
+        q = to_grid(y, found, None if offset is None else _grouped(offset, grid.group_size))
+        inside = q == q.clamp(grid.low, grid.high)
+        q.clamp_(grid.low, grid.high).round_()
         grad = _grouped(grad, grid.group_size)
         clipped_low = low if clip_low is None else low * clip_low
         clipped_high = high if clip_high is None else high * clip_high
@@ -249,6 +252,7 @@ def quantize_weight(
     y, found, *_ = _FakeQuantize.evaluate(
         weight, row, column, clip_low, clip_high, grid, WEIGHT_SCALE_FLOOR, scale_dtype
     )
-    q, _ = to_grid(y, found, grid, None if offset is None else _grouped(offset, grid.group_size))
+    q = to_grid(y, found, None if offset is None else _grouped(offset, grid.group_size))
+    q.clamp_(grid.low, grid.high).round_()
     zero = None if found.zero is None else found.zero.squeeze(-1).to(torch.int8)
     return QuantizedWeight(q.flatten(-2).to(torch.int8), found.scale.squeeze(-1), zero)
