@@ -53,8 +53,8 @@ class Recipe(BaseModel):
     rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
     epochs: int = Field(20, ge=0, le=10_000, description="Passes over the calibration samples per block")
     batch_size: int = Field(1, ge=1, description="Samples per step")
-    let_lr: float = Field(5e-3, gt=0, le=1, description="Learning rate of smoothing scales and shifts")
-    lwc_lr: float = Field(1e-2, gt=0, le=1, description="Learning rate of clipping thresholds")
+    let_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of smoothing; none: by the steps")
+    lwc_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of clipping; none: by the steps")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
 
     # The calibration samples and the machine.

@@ -92,12 +92,12 @@ def test_more_bits_are_closer(tiny: Path) -> None:
         for bits in (2, 4, 8)
     }
     assert last[2] < last[4] < last[8]
-    assert last[8] > 0.9999
+    assert last[8] > 0.999  # a relative error of about 1 % per linear would already lose more
 
 
 def test_batches_and_single_samples_see_the_same_targets(tiny: Path) -> None:
-    """The loss before learning does not depend on how many samples share a call."""
-    one, four = (lrquant.quantize(str(tiny), recipe(batch_size=size, epochs=0)).records for size in (1, 4))
+    """The squared error before learning does not depend on how many samples share a call."""
+    one, four = (lrquant.quantize(str(tiny), recipe(batch_size=n, epochs=0, loss="mse")).records for n in (1, 4))
     for single, batched in zip(one, four, strict=True):
         assert single.initial_loss == pytest.approx(batched.initial_loss, rel=1e-3)
 

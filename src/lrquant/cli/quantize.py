@@ -60,8 +60,12 @@ def quantize(
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
     lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
     let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
-    let_lr: Annotated[float | None, typer.Option(help="Learning rate of smoothing.")] = None,
-    lwc_lr: Annotated[float | None, typer.Option(help="Learning rate of clipping.")] = None,
+    let_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of smoothing.", show_default="5e-3; more for fewer steps")
+    ] = None,
+    lwc_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of clipping.", show_default="1e-2; more for fewer steps")
+    ] = None,
     shift: Annotated[Shift | None, typer.Option(help="Learn shifts: where biases hold them, always, never.")] = None,
     quantize_attention: Annotated[
         bool | None,

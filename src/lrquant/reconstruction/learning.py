@@ -16,6 +16,10 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction.records import Outcome
 from lrquant.transforms.smoothing import LEAST_SCALE
 
+PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sample a step
+PAPER_STEPS = 20 * 128
+RATE_POWER, MOST_RATE = 0.75, 32.0
+
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
 
@@ -119,6 +123,16 @@ def learn(
     return Learned(final, outcome, before, after, epoch_losses, recoveries)
 
 
+def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
+    """(smoothing's, clipping's) rate for `steps` optimiser steps per block, unless the recipe names them.
+
+    The papers' rates, 5e-3 and 1e-2, belong to 2560 steps. Adam moves a parameter by about its rate per step, so
+    fewer steps want larger ones: the rates grow with (2560/steps)^¾, at most 32 times (docs/benchmarks.md).
+    """
+    factor = min(max(1.0, PAPER_STEPS / steps) ** RATE_POWER, MOST_RATE)
+    return recipe.let_lr or PAPER_LET_LR * factor, recipe.lwc_lr or PAPER_LWC_LR * factor
+
+
 def _copy(learnables: Learnables) -> Learnables:
     return {name: tensor.detach().clone() for name, tensor in learnables.items()}
 
@@ -136,9 +150,11 @@ def _optimizer(
     """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
     smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
     others = [tensor for name, tensor in learnables.items() if not name.endswith((".scale", ".shift"))]
-    groups = [{"params": smoothing, "lr": recipe.let_lr * factor}, {"params": others, "lr": recipe.lwc_lr * factor}]
+    per_epoch = math.ceil(samples / batch)
+    let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
+    groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": others, "lr": lwc_lr * factor}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-    steps = max(1, recipe.epochs - done) * math.ceil(samples / batch)
+    steps = max(1, recipe.epochs - done) * per_epoch
     if recipe.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
