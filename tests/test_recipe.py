@@ -12,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 
 from lrquant.errors import UsageError
 from lrquant.recipe import PRESETS, Recipe
+from lrquant.reconstruction.learning import learning_rates
 
 KEYS = tuple(Recipe.model_fields)
 
@@ -56,7 +57,7 @@ def test_presets_are_the_published_methods() -> None:
     assert (lrquant.learns, lrquant.init, lrquant.loss) == (True, "log", "mse+nlc")
     # The papers' settings: 20 epochs over 128 samples, one at a time, and their learning rates.
     assert (lrquant.epochs, lrquant.nsamples, lrquant.batch_size) == (20, 128, 1)
-    assert (lrquant.let_lr, lrquant.lwc_lr) == (5e-3, 1e-2)
+    assert learning_rates(lrquant, steps=20 * 128) == (5e-3, 1e-2)
     assert not Recipe.preset("omniquant", abits=16).let  # weight-only: clipping alone
     assert Recipe.preset("omniquant", abits=16, let=True).let
 

@@ -149,10 +149,13 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
     smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
-    others = [tensor for name, tensor in learnables.items() if not name.endswith((".scale", ".shift"))]
+    clipping = [tensor for name, tensor in learnables.items() if name.endswith((".clip_low", ".clip_high"))]
+    rotation = [tensor for name, tensor in learnables.items() if ".rotation" in name]
     per_epoch = math.ceil(samples / batch)
     let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
-    groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": others, "lr": lwc_lr * factor}]
+    groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": clipping, "lr": lwc_lr * factor}]
+    # A rotation multiplies weights that start at one: it keeps the papers' rate however few the steps.
+    groups.append({"params": rotation, "lr": min(lwc_lr, PAPER_LWC_LR) * factor})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     steps = max(1, recipe.epochs - done) * per_epoch
     if recipe.schedule == "cosine":
