@@ -19,6 +19,7 @@ def fake_quantize_weight(
     clip_low: Tensor | None = None,  # (out, groups, 1)
     clip_high: Tensor | None = None,  # (out, groups, 1)
     offset: Tensor | None = None,  # (out, in)
+    scale_dtype: torch.dtype = torch.float64,  # what the checkpoint holds; autograd passes casts straight through
 ) -> Tensor:
     least, most, steps = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
     if row is not None:
@@ -33,10 +34,12 @@ def fake_quantize_weight(
     if clip_high is not None:
         high = high * clip_high
     if symmetric:
-        scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=1e-5)
-        zero = torch.zeros_like(scale)
+        scale = torch.maximum(-low, high) / (steps / 2)
     else:
-        scale = ((high - low) / steps).clamp(min=1e-5)
+        scale = (high - low) / steps
+    scale = scale.to(scale_dtype).double().clamp(min=1e-5).to(scale_dtype).double()
+    zero = torch.zeros_like(scale)
+    if not symmetric:
         zero = round_straight_through((least - low / scale).clamp(least, most))
     q = groups / scale + zero
     if offset is not None:

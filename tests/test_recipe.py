@@ -65,7 +65,7 @@ def test_presets_are_the_published_methods() -> None:
 def test_none_leaves_a_presets_value_and_changes_are_validated() -> None:
     assert Recipe.preset("rtn", epochs=None) == Recipe.preset("rtn")
     assert Recipe.preset("rtn").changed(wbits=3, abits=None) == Recipe.preset("rtn", wbits=3)
-    with pytest.raises(UsageError, match=r"^wbits = '1': "):
+    with pytest.raises(UsageError, match=r"^wbits = 1: "):
         Recipe.preset("rtn").changed(wbits=1)
 
 
@@ -80,15 +80,15 @@ def test_formats_have_their_short_names() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"wbits": 1}, "^wbits = '1': integers have 2 to 8 bits, and 16 leaves a tensor unquantized$"),
-        ({"wbits": 17}, "^wbits = '17': integers have 2 to 8 bits"),
-        ({"abits": 0}, "^abits = '0': integers have 2 to 8 bits"),
+        ({"wbits": 1}, "^wbits = 1: integers have 2 to 8 bits, and 16 leaves a tensor unquantized$"),
+        ({"wbits": 17}, "^wbits = 17: integers have 2 to 8 bits"),
+        ({"abits": 0}, "^abits = 0: integers have 2 to 8 bits"),
         ({"wbits": "four"}, "^wbits = 'four': "),
         ({"wbits": 16, "abits": 16}, "nothing would be quantized"),
-        ({"group_size": 0}, "^group_size = '0': "),
-        ({"epochs": -1}, "^epochs = '-1': "),
-        ({"let_lr": float("nan")}, "^let_lr = 'nan': "),
-        ({"alpha": 1.5}, "^alpha = '1.5': "),
+        ({"group_size": 0}, "^group_size = 0: "),
+        ({"epochs": -1}, "^epochs = -1: "),
+        ({"let_lr": float("nan")}, "^let_lr = nan: "),
+        ({"alpha": 1.5}, "^alpha = 1.5: "),
         ({"init": "random"}, "^init = 'random': .*'log' or 'smoothquant'"),
         ({"seed": 2**64}, "^seed = "),
         ({"bits": 4}, "^unknown recipe key 'bits': there are method, wbits, "),
@@ -143,7 +143,6 @@ def test_a_huge_file_is_not_even_read(tmp_path: Path) -> None:
     refused(tmp_path, "#" * (1 << 21), "this is no recipe")
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_number_of_ten_thousand_digits(tmp_path: Path) -> None:
     refused(tmp_path, "wbits: 0x" + "f" * 10_000, "^wbits")
 
@@ -165,7 +164,6 @@ BOMB = (
     ],
     ids=["value", "method", "merge"],
 )
-@pytest.mark.xfail(run=False, reason="would fill the memory")
 def test_aliases_do_not_explode(tmp_path: Path, text: str) -> None:
     refused(tmp_path, text, "recipe.yaml")
 

@@ -4,6 +4,7 @@ A recipe is written beside every result as `recipe.yaml` and reproduces it. Pres
 methods as rows of one table: each is the same engine with parts switched on or off.
 """
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +123,7 @@ class Recipe(BaseModel):
             where = ".".join(str(part) for part in first["loc"]) or "recipe"
             if first["type"] == "extra_forbidden":
                 raise UsageError(f"unknown recipe key {where!r}: there are {', '.join(cls.model_fields)}") from None
-            value = f" = {str(first['input'])[:80]!r}" if first["loc"] else ""
+            value = f" = {_shown(first['input'])}" if first["loc"] else ""
             raise UsageError(f"{where}{value}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def changed(self, **changes: Any) -> "Recipe":
@@ -143,7 +144,10 @@ class Recipe(BaseModel):
         try:
             if path.stat().st_size > _MAX_YAML_BYTES:
                 raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, this is no recipe")
-            values = yaml.safe_load(path.read_text())
+            text = path.read_text()
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                raise UsageError(f"{path}: YAML aliases have no place in a recipe")  # a few could fill the memory
+            values = yaml.safe_load(text)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot read the recipe ({error})") from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -159,6 +163,14 @@ class Recipe(BaseModel):
         if values.get("abits") == HIGH_PRECISION_BITS:
             defaults |= WEIGHT_ONLY.get(method, {})
         return cls.parse(defaults | values)
+
+
+def _shown(value: Any) -> str:
+    """`value` in a line of an error, shortened."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number with more digits than Python prints
+        return "a number of thousands of digits"
 
 
 _NO_LEARNING: dict[str, Any] = {"lwc": False, "epochs": 0, "smooth_attention": False, "smooth_mlp": False}

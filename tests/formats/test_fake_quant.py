@@ -160,6 +160,14 @@ def test_any_token_is_rounded_as_by_compressed_tensors(token: list[float], bits:
     same_bits(fake_quantize(x, args), dynamically(x, args))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_token_whose_scale_vanishes_in_float16(symmetric: bool) -> None:
+    # 7e-6/255 is less than half of float16's least number, 6e-8, so the scale is replaced.
+    args = activation_args(8, symmetric)
+    x = torch.tensor([[[0.0, 7e-6, -1e-6]]], dtype=torch.float16)
+    same_bits(fake_quantize(x, args), dynamically(x, args))
+
+
 def dynamically(x: Tensor, args: QuantizationArgs) -> Tensor:
     scale, zero = compute_dynamic_scales_and_zp(x, args, nn.Module())
     return their_fake_quantize(x, scale, zero, args)
@@ -175,14 +183,19 @@ def test_attention_inputs_have_a_range_per_token_and_head() -> None:
 
 
 @pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [None, 4])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_gradients_are_plain_autograds(symmetric: bool, group_size: int | None, bits: int, clipped: bool) -> None:
-    arguments = differentiable_arguments(group_size, clipped)
+def test_gradients_are_plain_autograds(
+    symmetric: bool, group_size: int | None, bits: int, scale_dtype: torch.dtype, clipped: bool
+) -> None:
+    arguments: dict[str, Any] = differentiable_arguments(group_size, clipped)
     grid = Grid(bits, symmetric, group_size)
-    ours = fake_quantize_weight(grid=grid, **arguments)
-    theirs = reference.fake_quantize_weight(bits=bits, symmetric=symmetric, group_size=group_size, **arguments)
+    ours = fake_quantize_weight(grid=grid, scale_dtype=scale_dtype, **arguments)
+    theirs = reference.fake_quantize_weight(
+        bits=bits, symmetric=symmetric, group_size=group_size, scale_dtype=scale_dtype, **arguments
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     names = list(arguments)
@@ -197,7 +210,7 @@ def test_gradients_are_plain_autograds(symmetric: bool, group_size: int | None, 
 
 
 def differentiable_arguments(group_size: int | None, clipped: bool) -> dict[str, Tensor]:
-    """Random float64 arguments, all wanting gradients; rows of one sign, of zeros, and with an outlier among them."""
+    """Random float64 arguments, all wanting gradients. The first rows are special."""
     generator = torch.Generator().manual_seed(0)
     rows, width = 7, 12
     groups = width // (group_size or width)
@@ -210,6 +223,7 @@ def differentiable_arguments(group_size: int | None, clipped: bool) -> dict[str,
     weight[1].abs_()
     weight[2].abs_().neg_()
     weight[3].zero_()
+    weight[4] *= 1e-7  # the scale is at its floor
     factors = (0.4, 0.7) if clipped else (0.98, 1.0)
     arguments = {
         "weight": weight,

@@ -1,5 +1,6 @@
 """Text by name: hub data sets, local files and folders, and the zoo's offline sets; cut into token windows."""
 
+import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,14 @@ def _read_table(path: Path) -> list[str]:
     from datasets.exceptions import DatasetGenerationError
 
     kind = "parquet" if path.suffix == ".parquet" else "json"
+    if path.stat().st_size == 0:
+        return []
     try:
-        rows = load_dataset(kind, data_files=os.fspath(path), split="train")
+        rows = load_dataset(kind, data_files=glob.escape(os.fspath(path)), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise UsageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})") from None
-    strings = [name for name, kind_of in rows.features.items() if kind_of == Value("string")]
+    texts = (Value("string"), Value("large_string"))
+    strings = [name for name, kind_of in rows.features.items() if kind_of in texts]
     column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if column is None:
         raise UsageError(f"{path}: needs a column named 'text' (string columns: {', '.join(strings) or 'none'})")
