@@ -107,7 +107,7 @@ def quantize(
     if target is not None:
         sizes = save(target, model, tokenizer, result, recipe, storage_dtype, base)
     else:
-        tensors = checkpoint_tensors(model, result, recipe.scheme, storage_dtype)
+        tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
         sizes = measure_sizes(model, result, tensors)
     return Quantized(
         model, tokenizer, recipe, result, sizes, time.perf_counter() - began, memory.peak_bytes(), notes, target
@@ -175,6 +175,11 @@ def _notes(recipe: Recipe, result: Reconstruction) -> list[str]:
         )
     if result.added_biases:
         notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+    if recipe.dense:
+        notes.append(
+            f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "
+            "dense, in floating point, and saves no space. It is for research."
+        )
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(

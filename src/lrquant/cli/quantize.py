@@ -21,6 +21,21 @@ class Shift(StrEnum):
     off = "off"
 
 
+class Init(StrEnum):
+    log = "log"
+    smoothquant = "smoothquant"
+
+
+class Loss(StrEnum):
+    mse = "mse"
+    mse_nlc = "mse+nlc"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    cosine = "cosine"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -38,8 +53,12 @@ def quantize(
     model: Model,
     save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the quantized checkpoint goes: a new folder.")],
     method: Annotated[
-        str | None, typer.Option(help="rtn, smoothquant, omniquant or lrquant.", show_default="lrquant")
+        str | None, typer.Option(help="rtn, smoothquant, omniquant, lrquant or lrquant+.", show_default="lrquant")
     ] = None,
+    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
+    paper_exact: Annotated[
+        bool, typer.Option("--paper-exact", help="The method's setting as published, where ours differs.")
+    ] = False,
     wbits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.", show_default="4")] = None,
     abits: Annotated[
         int | None, typer.Option(help="Bits of an activation, 2 to 8; 16: weights only.", show_default="4")
@@ -62,6 +81,22 @@ def quantize(
     let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
     let_lr: Annotated[float | None, typer.Option(help="Learning rate of smoothing.")] = None,
     lwc_lr: Annotated[float | None, typer.Option(help="Learning rate of clipping.")] = None,
+    init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
+    schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
+    loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
+    two_branch: Annotated[
+        bool | None, typer.Option("--two-branch/--no-two-branch", help="Also match the block's output on its own input.")
+    ] = None,
+    dynamic_loss: Annotated[
+        bool | None, typer.Option("--dynamic-loss/--no-dynamic-loss", help="Weight loss terms by running averages.")
+    ] = None,
+    rotation: Annotated[
+        bool | None, typer.Option("--rotation/--no-rotation", help="Learn rotation vectors on dequantized weights.")
+    ] = None,
+    rotation_rank: Annotated[
+        int | None, typer.Option(metavar="K", help="Rank of the rotations; above 1 the export is dense.")
+    ] = None,
     shift: Annotated[Shift | None, typer.Option(help="Learn shifts: where biases hold them, always, never.")] = None,
     quantize_attention: Annotated[
         bool | None,
@@ -102,13 +137,23 @@ def quantize(
         "let": let,
         "let_lr": let_lr,
         "lwc_lr": lwc_lr,
+        "init": init and init.value,
+        "alpha": alpha,
+        "schedule": schedule and schedule.value,
+        "loss": loss and loss.value,
+        "two_branch": two_branch,
+        "dynamic_loss": dynamic_loss,
+        "rotation": True if rotation is None and rotation_rank else rotation,
+        "rotation_rank": rotation_rank,
         "shift": shift and shift.value,
         "quantize_attention": quantize_attention,
         "seed": seed,
         "dtype": None if dtype is Dtype.auto else dtype.value,
     }
     console.check_json_path(json)
-    chosen = _recipe(method, recipe, changes)
+    if lr_plus and method not in (None, "lrquant", "lrquant+"):
+        raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
+    chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, changes)
 
     from lrquant.api import evaluate, quantize
     from lrquant.checkpoints import load_statistics, save_statistics_file
@@ -141,13 +186,13 @@ def quantize(
     console.write_json(json, {"model": model, **figures(quantized, measured)})
 
 
-def _recipe(method: str | None, file: Path | None, changes: dict[str, Any]) -> "Recipe":
+def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: dict[str, Any]) -> "Recipe":
     from lrquant.recipe import Recipe
 
     if file is None:
-        return Recipe.preset(method or "lrquant", **changes)
-    if method is not None:
-        raise UsageError("give --recipe or --method, not both: the recipe names its method")
+        return Recipe.preset(method or "lrquant", paper_exact, **changes)
+    if method is not None or paper_exact:
+        raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
     return Recipe.from_yaml(file).changed(**changes)
 
 
