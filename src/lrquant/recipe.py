@@ -37,7 +37,7 @@ class Recipe(BaseModel):
 
     # The transformations.
     let: bool = Field(True, description="Smooth activations by learnable equivalent transformations")
-    init: Literal["log", "smoothquant"] = Field("log", description="How smoothing scales start")
+    init: Literal["log", "smoothquant", "neutral"] = Field("log", description="How smoothing starts; neutral: S = 1")
     alpha: float = Field(0.5, ge=0, le=1, description="SmoothQuant's migration strength")
     shift: Literal["auto", "on", "off"] = Field(
         "auto", description="Learn shifts: where the model holds them, or always"

@@ -10,6 +10,7 @@ from torch.func import functional_call
 import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
+from lrquant.recipe import PAPER_EXACT
 from lrquant.reconstruction.parameters import (
     BlockParameters,
     freeze,
@@ -17,7 +18,6 @@ from lrquant.reconstruction.parameters import (
     initial_rotation,
     quantized_parameters,
 )
-from lrquant.recipe import PAPER_EXACT
 from tests.tiny import SETTINGS, write_tiny
 
 IDS = torch.arange(5, 69)[None]

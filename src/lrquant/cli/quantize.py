@@ -24,6 +24,7 @@ class Shift(StrEnum):
 class Init(StrEnum):
     log = "log"
     smoothquant = "smoothquant"
+    neutral = "neutral"
 
 
 class Loss(StrEnum):
@@ -46,6 +47,13 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a local
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
+Tasks = Annotated[
+    str | None, typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze is offline.")
+]
+NumFewshot = Annotated[
+    int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -86,7 +94,8 @@ def quantize(
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
     loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
     two_branch: Annotated[
-        bool | None, typer.Option("--two-branch/--no-two-branch", help="Also match the block's output on its own input.")
+        bool | None,
+        typer.Option("--two-branch/--no-two-branch", help="Also match the block's output on its own input."),
     ] = None,
     dynamic_loss: Annotated[
         bool | None, typer.Option("--dynamic-loss/--no-dynamic-loss", help="Weight loss terms by running averages.")
@@ -110,6 +119,12 @@ def quantize(
         typer.Option(metavar="NAME|PATH", help="Then measure perplexity on this text; may be repeated."),
     ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Also adapt to each evaluation text that is not the calibration text.")
+    ] = False,
+    tasks: Tasks = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
     ] = None,
@@ -155,9 +170,15 @@ def quantize(
         raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
     chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, changes)
 
+    if tta and not eval_ppl:
+        raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
+
     from lrquant.api import evaluate, quantize
     from lrquant.checkpoints import load_statistics, save_statistics_file
+    from lrquant.cli.adapt import perplexity_after_adaptation
+    from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
 
+    wanted = split_tasks(tasks)
     given = load_statistics(statistics) if statistics else None
     with console.watching(f"{chosen.method} {chosen.format_name}") as progress:
         quantized = quantize(
@@ -182,8 +203,14 @@ def quantize(
                 tokenizer=quantized.tokenizer,
                 device=device,
             )
-    show(quantized, measured)
-    console.write_json(json, {"model": model, **figures(quantized, measured)})
+    adapted = {}
+    if tta:
+        texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
+        adapted = perplexity_after_adaptation(save_dir, model, texts, quantized.recipe.seqlen, limit_windows, device)
+    by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, limit, device)
+    show(quantized, measured, adapted)
+    show_tasks(by_task)
+    console.write_json(json, {"model": model, **figures(quantized, measured, adapted), "tasks": by_task.results})
 
 
 def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: dict[str, Any]) -> "Recipe":
@@ -196,7 +223,7 @@ def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: d
     return Recipe.from_yaml(file).changed(**changes)
 
 
-def show(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> None:
+def show(quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]) -> None:
     """What a person wants to know of a finished run."""
     sizes = quantized.sizes
     rows = [
@@ -210,13 +237,16 @@ def show(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> None:
         [f"perplexity {name}", f"{result.value:.3f} ({result.windows} windows of {result.seqlen})"]
         for name, result in measured.items()
     ]
+    rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
     recipe = quantized.recipe
     console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
     for line in quantized.notes:
         console.note(line)
 
 
-def figures(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> dict[str, Any]:
+def figures(
+    quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]
+) -> dict[str, Any]:
     """Everything that `show` shows, and the blocks' records, for programs."""
     import platform
 
@@ -236,6 +266,7 @@ def figures(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> dict[s
         "ratio_to_bf16": sizes.ratio,
         "bits_per_weight": sizes.bits_per_weight,
         "perplexity": {name: result.value for name, result in measured.items()},
+        "adapted_perplexity": {name: result.value for name, result in adapted.items()},
         "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
         "notes": quantized.notes,
         "blocks": [record.as_dict() for record in quantized.records],
