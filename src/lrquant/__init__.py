@@ -18,6 +18,7 @@ from wrapt import register_post_import_hook
 from lrquant._registration import register_configuration, register_quantizer
 
 if TYPE_CHECKING:
+    from lrquant.adaptation import Adapted, adapt
     from lrquant.api import Quantized, evaluate, quantize
     from lrquant.checkpoints import load
     from lrquant.errors import LrquantError, UsageError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "adapt": "lrquant.adaptation",
+    "Adapted": "lrquant.adaptation",
     "quantize": "lrquant.api",
     "evaluate": "lrquant.api",
     "Quantized": "lrquant.api",
@@ -35,7 +38,7 @@ _HOME = {
     "UsageError": "lrquant.errors",
 }
 
-__all__ = ["LrquantError", "Quantized", "Recipe", "UsageError", "evaluate", "load", "quantize"]
+__all__ = ["Adapted", "LrquantError", "Quantized", "Recipe", "UsageError", "adapt", "evaluate", "load", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

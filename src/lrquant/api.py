@@ -17,7 +17,7 @@ from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
-from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
+from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import linear_input_args
@@ -82,7 +82,7 @@ def quantize(
         base = str(model_or_path)
         tokenizer = tokenizer or load_tokenizer(base, trust_remote_code)
         model = load_model(base, dtype, trust_remote_code)
-        storage_dtype = _stored_dtype(base, trust_remote_code)
+        storage_dtype = stored_dtype(base, trust_remote_code)
     else:
         model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
         storage_dtype = model.dtype
@@ -107,7 +107,7 @@ def quantize(
     if target is not None:
         sizes = save(target, model, tokenizer, result, recipe, storage_dtype, base)
     else:
-        tensors = checkpoint_tensors(model, result, recipe.scheme, storage_dtype)
+        tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
         sizes = measure_sizes(model, result, tensors)
     return Quantized(
         model, tokenizer, recipe, result, sizes, time.perf_counter() - began, memory.peak_bytes(), notes, target
@@ -146,16 +146,6 @@ def evaluate(
         model.to(home)
 
 
-def _stored_dtype(name: str, trust_remote_code: bool) -> torch.dtype:
-    """The floating-point format that the original checkpoint is written in."""
-    from lrquant.models import load_config
-
-    dtype = load_config(name, trust_remote_code).dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
-    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
-
-
 def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstruction) -> None:
     """Leave `model` computing as its checkpoint will."""
     blocks = model.get_submodule(result.blocks_path)
@@ -177,6 +167,11 @@ def _notes(family: Family, recipe: Recipe, result: Reconstruction) -> list[str]:
         )
     if result.added_biases:
         notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+    if recipe.dense:
+        notes.append(
+            f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "
+            "dense, in floating point, and saves no space. It is for research."
+        )
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(

@@ -64,6 +64,14 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
+def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
+    """The floating-point format that a checkpoint is written in."""
+    dtype = load_config(name, trust_remote_code).dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
+
+
 def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A causal language model in `dtype`, on the CPU, in evaluation mode, every weight accounted for.
 

@@ -5,6 +5,7 @@ methods as rows of one table: each is the same engine with parts switched on or 
 """
 
 import reprlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ class Recipe(BaseModel):
 
     # The transformations.
     let: bool = Field(True, description="Smooth activations by learnable equivalent transformations")
-    init: Literal["log", "smoothquant"] = Field("log", description="How smoothing scales start")
+    init: Literal["log", "smoothquant", "neutral"] = Field("log", description="How smoothing starts; neutral: S = 1")
     alpha: float = Field(0.5, ge=0, le=1, description="SmoothQuant's migration strength")
     shift: Literal["auto", "on", "off"] = Field(
         "auto", description="Learn shifts: where the model holds them, or always"
@@ -94,6 +95,16 @@ class Recipe(BaseModel):
         )
 
     @property
+    def dense(self) -> bool:
+        """Whether weights are stored as the floating-point values they were rounded to: no format holds rank k > 1."""
+        return self.rotation and self.rotation_rank > 1 and self.wbits != HIGH_PRECISION_BITS
+
+    @property
+    def stored_scheme(self) -> Scheme:
+        """What the checkpoint declares: `scheme`, without the weights where they are stored dense."""
+        return replace(self.scheme, weights=None) if self.dense else self.scheme
+
+    @property
     def format_name(self) -> str:
         """The field's short name of the format: `W4A4`, `W2A16 g64`."""
         return f"W{self.wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
@@ -103,14 +114,19 @@ class Recipe(BaseModel):
         return self.epochs > 0 and (self.let or self.lwc or self.rotation)
 
     @classmethod
-    def preset(cls, method: str = "lrquant", **changes: Any) -> "Recipe":
-        """The recipe of a published method, with `changes` to any field (None: leave the preset's)."""
+    def preset(cls, method: str = "lrquant", paper_exact: bool = False, **changes: Any) -> "Recipe":
+        """The recipe of a published method, with `changes` to any field (None: leave the preset's).
+
+        `paper_exact` takes the paper's own setting where the evidence here favours another.
+        """
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
         chosen = {name: value for name, value in changes.items() if value is not None}
         values = {"method": method, **PRESETS[method]}
         if chosen.get("abits", cls.model_fields["abits"].default) == HIGH_PRECISION_BITS:
             values |= WEIGHT_ONLY.get(method, {})
+        if paper_exact:
+            values |= _paper_exact(method, chosen)
         return cls.parse(values | chosen)
 
     @classmethod
@@ -182,6 +198,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lrquant": {},
     "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
 }
+
+_PAPER: dict[str, Any] = {
+    "epochs": 20,
+    "batch_size": 1,
+    "let_lr": 5e-3,
+    "lwc_lr": 1e-2,
+    "schedule": "constant",
+    "smooth_mlp": False,
+}
+PAPER_EXACT: dict[str, dict[str, Any]] = {
+    "omniquant": _PAPER,
+    "lrquant": _PAPER | {"shift": "on"},
+    "lrquant+": _PAPER | {"shift": "on", "two_branch": True, "dynamic_loss": True, "rotation": True},
+}
+
+
+def _paper_exact(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The paper's setting of `method`; weight-only learns clipping (and rotations) without smoothing."""
+    if method not in PAPER_EXACT:
+        raise UsageError(f"paper_exact is for {', '.join(PAPER_EXACT)}: {method} learns nothing")
+    return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
+
 
 # The papers' weight-only setting learns clipping alone; attention inputs are activations.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {

@@ -30,7 +30,7 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 {loading}
 ```
 
-{attention}The whole recipe is in `recipe.yaml`.
+{attention}{dense}The whole recipe is in `recipe.yaml`.
 """
 
 
@@ -46,6 +46,13 @@ def model_card(base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any]
             f"Queries, keys and values were quantized to {recipe.abits} bits per token and head while this model was "
             "calibrated. The checkpoint format has no such scheme, so plain transformers leaves them in floating "
             '(slightly better, not slower); `lrquant.load("PATH")` quantizes them too.\n\n'
+        )
+    dense = ""
+    if recipe.dense:
+        dense = (
+            f"Its weights were multiplied by learned rotations of rank {recipe.rotation_rank}, which no integer format "
+            "can hold: they are stored dense, in floating point, as the values they were rounded to. This checkpoint "
+            "shows what that would be worth; it saves no space.\n\n"
         )
     metadata = {
         "base_model": base,
@@ -67,4 +74,5 @@ def model_card(base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any]
         seed=recipe.seed,
         loading=loading,
         attention=attention,
+        dense=dense,
     )

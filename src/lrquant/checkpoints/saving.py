@@ -97,9 +97,9 @@ def save(
     base_model: str,
 ) -> Sizes:
     """Write the quantized `model` to `save_dir` in compressed-tensors' packed format."""
-    tensors = checkpoint_tensors(model, result, recipe.scheme, storage_dtype)
+    tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
     sizes = measure_sizes(model, result, tensors)
-    config = quantization_config(model, result, recipe.scheme)
+    config = quantization_config(model, result, recipe.stored_scheme)
     with whole_directory(save_dir) as folder:
         _save_pretrained(model, folder, tensors)
         _finish_config(folder / "config.json", config, storage_dtype)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lrquant.cli import console
+from lrquant.cli.adapt import adapt
 from lrquant.cli.demo import demo
 from lrquant.cli.evaluate import evaluate
 from lrquant.cli.quantize import quantize
@@ -20,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("quantize")(quantize)
+app.command("adapt")(adapt)
 app.command("eval")(evaluate)
 app.command("demo")(demo)
 

@@ -21,6 +21,22 @@ class Shift(StrEnum):
     off = "off"
 
 
+class Init(StrEnum):
+    log = "log"
+    smoothquant = "smoothquant"
+    neutral = "neutral"
+
+
+class Loss(StrEnum):
+    mse = "mse"
+    mse_nlc = "mse+nlc"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    cosine = "cosine"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -31,6 +47,13 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a local
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
+Tasks = Annotated[
+    str | None, typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze is offline.")
+]
+NumFewshot = Annotated[
+    int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -38,8 +61,12 @@ def quantize(
     model: Model,
     save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the quantized checkpoint goes: a new folder.")],
     method: Annotated[
-        str | None, typer.Option(help="rtn, smoothquant, omniquant or lrquant.", show_default="lrquant")
+        str | None, typer.Option(help="rtn, smoothquant, omniquant, lrquant or lrquant+.", show_default="lrquant")
     ] = None,
+    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
+    paper_exact: Annotated[
+        bool, typer.Option("--paper-exact", help="The method's setting as published, where ours differs.")
+    ] = False,
     wbits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.", show_default="4")] = None,
     abits: Annotated[
         int | None, typer.Option(help="Bits of an activation, 2 to 8; 16: weights only.", show_default="4")
@@ -66,6 +93,23 @@ def quantize(
     lwc_lr: Annotated[
         float | None, typer.Option(help="Learning rate of clipping.", show_default="1e-2; more for fewer steps")
     ] = None,
+    init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
+    schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
+    loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
+    two_branch: Annotated[
+        bool | None,
+        typer.Option("--two-branch/--no-two-branch", help="Also match the block's output on its own input."),
+    ] = None,
+    dynamic_loss: Annotated[
+        bool | None, typer.Option("--dynamic-loss/--no-dynamic-loss", help="Weight loss terms by running averages.")
+    ] = None,
+    rotation: Annotated[
+        bool | None, typer.Option("--rotation/--no-rotation", help="Learn rotation vectors on dequantized weights.")
+    ] = None,
+    rotation_rank: Annotated[
+        int | None, typer.Option(metavar="K", help="Rank of the rotations; above 1 the export is dense.")
+    ] = None,
     shift: Annotated[Shift | None, typer.Option(help="Learn shifts: where biases hold them, always, never.")] = None,
     quantize_attention: Annotated[
         bool | None,
@@ -79,6 +123,12 @@ def quantize(
         typer.Option(metavar="NAME|PATH", help="Then measure perplexity on this text; may be repeated."),
     ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Also adapt to each evaluation text that is not the calibration text.")
+    ] = False,
+    tasks: Tasks = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
     ] = None,
@@ -106,17 +156,33 @@ def quantize(
         "let": let,
         "let_lr": let_lr,
         "lwc_lr": lwc_lr,
+        "init": init and init.value,
+        "alpha": alpha,
+        "schedule": schedule and schedule.value,
+        "loss": loss and loss.value,
+        "two_branch": two_branch,
+        "dynamic_loss": dynamic_loss,
+        "rotation": True if rotation is None and rotation_rank else rotation,
+        "rotation_rank": rotation_rank,
         "shift": shift and shift.value,
         "quantize_attention": quantize_attention,
         "seed": seed,
         "dtype": None if dtype is Dtype.auto else dtype.value,
     }
     console.check_json_path(json)
-    chosen = _recipe(method, recipe, changes)
+    if lr_plus and method not in (None, "lrquant", "lrquant+"):
+        raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
+    chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, changes)
+
+    if tta and not eval_ppl:
+        raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
 
     from lrquant.api import evaluate, quantize
     from lrquant.checkpoints import load_statistics, save_statistics_file
+    from lrquant.cli.adapt import perplexity_after_adaptation
+    from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
 
+    wanted = split_tasks(tasks)
     given = load_statistics(statistics) if statistics else None
     with console.watching(f"{chosen.method} {chosen.format_name}") as progress:
         quantized = quantize(
@@ -141,21 +207,27 @@ def quantize(
                 tokenizer=quantized.tokenizer,
                 device=device,
             )
-    show(quantized, measured)
-    console.write_json(json, {"model": model, **figures(quantized, measured)})
+    adapted = {}
+    if tta:
+        texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
+        adapted = perplexity_after_adaptation(save_dir, model, texts, quantized.recipe.seqlen, limit_windows, device)
+    by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, limit, device)
+    show(quantized, measured, adapted)
+    show_tasks(by_task)
+    console.write_json(json, {"model": model, **figures(quantized, measured, adapted), "tasks": by_task.results})
 
 
-def _recipe(method: str | None, file: Path | None, changes: dict[str, Any]) -> "Recipe":
+def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: dict[str, Any]) -> "Recipe":
     from lrquant.recipe import Recipe
 
     if file is None:
-        return Recipe.preset(method or "lrquant", **changes)
-    if method is not None:
-        raise UsageError("give --recipe or --method, not both: the recipe names its method")
+        return Recipe.preset(method or "lrquant", paper_exact, **changes)
+    if method is not None or paper_exact:
+        raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
     return Recipe.from_yaml(file).changed(**changes)
 
 
-def show(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> None:
+def show(quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]) -> None:
     """What a person wants to know of a finished run."""
     sizes = quantized.sizes
     rows = [
@@ -169,13 +241,16 @@ def show(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> None:
         [f"perplexity {name}", f"{result.value:.3f} ({result.windows} windows of {result.seqlen})"]
         for name, result in measured.items()
     ]
+    rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
     recipe = quantized.recipe
     console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
     for line in quantized.notes:
         console.note(line)
 
 
-def figures(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> dict[str, Any]:
+def figures(
+    quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]
+) -> dict[str, Any]:
     """Everything that `show` shows, and the blocks' records, for programs."""
     import platform
 
@@ -195,6 +270,7 @@ def figures(quantized: "Quantized", measured: dict[str, "Perplexity"]) -> dict[s
         "ratio_to_bf16": sizes.ratio,
         "bits_per_weight": sizes.bits_per_weight,
         "perplexity": {name: result.value for name, result in measured.items()},
+        "adapted_perplexity": {name: result.value for name, result in adapted.items()},
         "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
         "notes": quantized.notes,
         "blocks": [record.as_dict() for record in quantized.records],

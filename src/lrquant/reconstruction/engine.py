@@ -25,7 +25,7 @@ from lrquant.calibration.capture import BlockInputs, capture
 from lrquant.errors import LrquantError, UsageError
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.learning import Forward, Learnables, learn
+from lrquant.reconstruction.learning import Forward, Learnables, learn, or_present
 from lrquant.reconstruction.parameters import (
     BlockParameters,
     FrozenBlock,
@@ -56,6 +56,14 @@ class Reconstruction:
     attention_quantized: bool = False
 
 
+@dataclass(frozen=True)
+class Present:
+    """A quantized model whose blocks `relearned` are to be learned again (test-time adaptation)."""
+
+    blocks: Sequence[Mapping[str, Tensor]]  # dequantized parameters of every block, by name
+    relearned: frozenset[int]
+
+
 def reconstruct(
     model: nn.Module,
     family: Family,
@@ -65,8 +73,14 @@ def reconstruct(
     storage_dtype: torch.dtype,
     watcher: Watcher,
     given_statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
+    start_from: Sequence[Learnables] | None = None,
+    present: Present | None = None,
 ) -> Reconstruction:
-    """Quantize `model`'s blocks in place. `samples` are keyword arguments of single-sample calls."""
+    """Quantize `model`'s blocks in place. `samples` are keyword arguments of single-sample calls.
+
+    `start_from` holds learnables of an earlier run, one mapping per block, to start from. With `present`, only
+    some blocks are learned again: the others run as they are there, and leave no entry in the result's lists.
+    """
     blocks = list(model.get_submodule(family.blocks).children())
     equivalences = enabled_equivalences(family, model.config, recipe)
     check_group_size(blocks[0], recipe.group_size)
@@ -83,6 +97,15 @@ def reconstruct(
         check_finite(block, f"{family.blocks}.{index}")
         with _on_device(block, device):
             run = _Run(block, index, inputs, device, batch)
+            if present is not None and index not in present.relearned:
+                _, flat = run.advance_full_precision(target_stream)
+                result.flat_inputs |= flat
+                _replace(block, present.blocks[index])
+                with quantized_activations(
+                    block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
+                ):
+                    run.advance(quantized_stream, target_stream)
+                continue
             own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
             statistics, flat = run.advance_full_precision(target_stream)
             if given_statistics is not None:
@@ -101,6 +124,8 @@ def reconstruct(
             if recipe.rotation and scheme.weights:
                 generator = torch.Generator().manual_seed(recipe.seed + index)
                 start |= initial_rotation(fixed, recipe.rotation_rank, generator)
+            if start_from is not None:
+                start = _checked_start(start, start_from[index], index, device)
             input_args = linear_input_args(block, scheme.inputs, recipe, flat)
             with quantized_activations(block, input_args, attention_args):
                 targets = [target_stream] if own_targets is None else [target_stream, own_targets]
@@ -113,8 +138,16 @@ def reconstruct(
                     recipe.seed + index,
                     lambda epoch, loss, index=index: watcher.epoch_done(index, epoch, loss),  # type: ignore[misc]
                 )
+                if present is not None:
+                    now = run.fixed_function(present.blocks[index], quantized_stream, targets)
+                    learned = or_present(learned, now, len(samples), batch, recipe)
                 frozen = freeze(fixed, learned.learnables)
-                _install(block, frozen)
+                if learned.outcome == "kept present":
+                    assert present is not None
+                    _replace(block, present.blocks[index])
+                else:
+                    _replace(block, frozen.parameters(next(block.parameters()).dtype))
+                    result.frozen.append(frozen_on_cpu(frozen))
                 cosine = run.advance(quantized_stream, target_stream)
         record = BlockRecord(
             index,
@@ -126,7 +159,6 @@ def reconstruct(
             time.perf_counter() - began,
             cosine,
         )
-        result.frozen.append(frozen_on_cpu(frozen))
         result.learned.append({name: tensor.cpu() for name, tensor in learned.learnables.items()})
         result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
         result.records.append(record)
@@ -225,10 +257,26 @@ def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _install(block: nn.Module, frozen: FrozenBlock) -> None:
+def _replace(block: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give `block` the parameters `values`; biases that it lacks are added."""
+    add_bias_slots(
+        block, missing_biases(block, [name.removesuffix(".bias") for name in values if name.endswith(".bias")])
+    )
     parameters = dict(block.named_parameters())
-    for name, tensor in frozen.parameters(next(block.parameters()).dtype).items():
+    for name, tensor in values.items():
         parameters[name].copy_(tensor)
+
+
+def _checked_start(start: Learnables, given: Learnables, index: int, device: torch.device) -> Learnables:
+    """`given` in place of `start`, when it is the same learnables of the same shapes."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in start.items()}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in given.items()}:
+        odd = sorted(shapes.keys() ^ given.keys()) or [name for name in shapes if shapes[name] != given[name].shape]
+        raise UsageError(
+            f"the saved parameters of block {index} do not fit this model and recipe ({odd[0]}, …); "
+            f"use the options that they were learned with"
+        )
+    return {name: given[name].to(device) for name in start}
 
 
 def _split(output: Tensor, samples: int) -> Sequence[Tensor]:
@@ -320,7 +368,16 @@ class _Run:
 
         def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
             output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype))
-            wanted = [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]
-            return output, wanted
+            return output, self._wanted(targets, chosen)
 
         return forward
+
+    def fixed_function(
+        self, parameters: Mapping[str, Tensor], stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+    ) -> Forward:
+        """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
+        here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
+        return lambda _, chosen: (self._call(stream, chosen, here), self._wanted(targets, chosen))
+
+    def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
+        return [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]

@@ -6,7 +6,7 @@ few times; a block that ends worse than it began is given its initial transforma
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,6 +131,13 @@ def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
     """
     factor = min(max(1.0, PAPER_STEPS / steps) ** RATE_POWER, MOST_RATE)
     return recipe.let_lr or PAPER_LET_LR * factor, recipe.lwc_lr or PAPER_LWC_LR * factor
+
+
+def or_present(learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe) -> Learned:
+    """`learned`, unless the block as it is at present answers better."""
+    loss = measure(present, {}, samples, batch, recipe.loss == "mse+nlc")
+    learned = replace(learned, initial_loss=loss)
+    return learned if learned.final_loss <= loss else replace(learned, outcome="kept present", final_loss=loss)
 
 
 def _copy(learnables: Learnables) -> Learnables:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Outcome = Literal["initial", "learned", "best epoch", "kept initial"]
+Outcome = Literal["initial", "learned", "best epoch", "kept initial", "kept present"]
 
 
 @dataclass
@@ -13,7 +13,9 @@ class BlockRecord:
     index: int
     initial_loss: float
     final_loss: float
-    outcome: Outcome  # "initial": nothing to learn; "kept initial": learning ended worse and was undone
+    outcome: Outcome
+    # "initial": nothing to learn; "kept initial": learning ended worse and was undone;
+    # "kept present": an adapted block would have been worse than the checkpoint's
     epoch_losses: list[float] = field(default_factory=list)
     recoveries: int = 0  # times that a non-finite loss or gradient sent learning back
     seconds: float = 0.0

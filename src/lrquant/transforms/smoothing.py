@@ -35,6 +35,8 @@ def smoothquant_scale(absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Te
 
 
 def initial_scale(absmax: Tensor, weight_absmax: Tensor, init: str, alpha: float) -> Tensor:
+    if init == "neutral":
+        return torch.ones_like(absmax)
     return log_scale(absmax) if init == "log" else smoothquant_scale(absmax, weight_absmax, alpha)
 
 
@@ -61,7 +63,8 @@ class NormToLinears:
         assert seen.absmax is not None
         assert seen.midpoint is not None
         weight_absmax = torch.stack([params[f"{linear}.weight"].abs().amax(0) for linear in self.linears]).amax(0)
-        shift = seen.midpoint if f"{self.norm}.bias" in params else torch.zeros_like(seen.midpoint)
+        shifts = f"{self.norm}.bias" in params and init != "neutral"
+        shift = seen.midpoint if shifts else torch.zeros_like(seen.midpoint)
         return {"scale": initial_scale(seen.absmax, weight_absmax, init, alpha), "shift": shift}
 
     def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:

@@ -1,0 +1,92 @@
+"""What each part of LRQuant+ is worth: `python benchmarks/ablation.py`, offline, on the bundled model.
+
+Every row is LRQuant with some parts of LRQuant+ switched on, every column a number format; a cell is the
+perplexity's mean and standard deviation over seeds, which decide the calibration samples and their order.
+"""
+
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import lrquant
+from lrquant.calibration.text import calibration_samples, evaluation_ids
+from lrquant.evaluation import perplexity
+from lrquant.models import load_model, load_tokenizer
+
+PARTS = ("two_branch", "dynamic_loss", "rotation")
+ROWS: dict[str, tuple[str, ...]] = {
+    "LRQuant": (),
+    "LRQuant+ (all three)": PARTS,
+    "+ two branches": ("two_branch",),
+    "+ dynamic loss": ("dynamic_loss",),
+    "+ rotation": ("rotation",),
+    "LRQuant+ without two branches": ("dynamic_loss", "rotation"),
+    "LRQuant+ without dynamic loss": ("two_branch", "rotation"),
+    "LRQuant+ without rotation": ("two_branch", "dynamic_loss"),
+}
+FORMATS: dict[str, dict[str, Any]] = {
+    "W4A4": {"wbits": 4, "abits": 4},
+    "W3A16": {"wbits": 3, "abits": 16},
+    "W2A16 g64": {"wbits": 2, "abits": 16, "group_size": 64},
+}
+
+
+def main(
+    model: str = "zoo:llama",
+    calib: str = "zoo:pydoc",
+    eval_ppl: str = "zoo:pydoc",
+    seeds: int = 5,
+    nsamples: int = 32,
+    seqlen: int = 256,
+    epochs: int = 5,
+    batch_size: int = 4,
+    windows: int = 64,
+    rows: Annotated[str, typer.Option(help="Only these rows, by number, as 0,4.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every single result here.")] = None,
+) -> None:
+    """Print the ablation of LRQuant+ as a markdown table."""
+    err = Console(stderr=True)
+    tokenizer, original = load_tokenizer(model), load_model(model, torch.float32)
+    test = evaluation_ids(tokenizer, eval_ppl)
+    calibration = [calibration_samples(tokenizer, calib, nsamples, seqlen, seed) for seed in range(seeds)]
+    names = [name for index, name in enumerate(ROWS) if not rows or str(index) in rows.split(",")]
+    results: dict[str, dict[str, list[float]]] = {row: {} for row in names}
+    began = time.perf_counter()
+    total = len(names) * len(FORMATS) * seeds
+    full = perplexity(original, test, seqlen, windows).value
+    for row in names:
+        for seed in range(seeds):
+            for name, bits in FORMATS.items():
+                parts = {part: part in ROWS[row] for part in PARTS}
+                recipe = lrquant.Recipe.preset(
+                    "lrquant", **bits, **parts, epochs=epochs, batch_size=batch_size, seed=seed, seqlen=seqlen
+                )
+                quantized = lrquant.quantize(copy.deepcopy(original), recipe, calibration[seed], tokenizer=tokenizer)
+                value = perplexity(quantized.model, test, seqlen, windows).value
+                results[row].setdefault(name, []).append(value)
+                done = sum(len(values) for cells in results.values() for values in cells.values())
+                left = (time.perf_counter() - began) * (total / done - 1)
+                err.print(f"{done}/{total} seed {seed} {row}, {name}: {value:.3f}, {left / 60:.0f} min left")
+                if json_file:
+                    json_file.write_text(json.dumps({"full precision": full, "rows": results}, indent=1) + "\n")
+    print(f"| perplexity on {eval_ppl}, mean ± deviation of {seeds} seeds | {' | '.join(FORMATS)} |")
+    print("|---|" + "---|" * len(FORMATS))
+    print(f"| full precision | {' | '.join([f'{full:.3f}'] * len(FORMATS))} |")
+    for row, cells in results.items():
+        print(f"| {row} | {' | '.join(map(cell, cells.values()))} |")
+
+
+def cell(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,108 @@
+"""`lrquant adapt`: fit a quantized checkpoint to a test set that it was not calibrated on."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lrquant.cli import console
+from lrquant.cli.quantize import Device, Init, JsonFile, Trust
+
+if TYPE_CHECKING:
+    from lrquant.evaluation import Perplexity
+
+
+def adapt(
+    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="A checkpoint that lrquant wrote; only read.")],
+    reference: Annotated[str, typer.Option(metavar="MODEL", help="The full-precision model it was made from.")],
+    data: Annotated[str, typer.Option(metavar="NAME|PATH", help="The unlabelled test text.")],
+    save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapted checkpoint goes: a new folder.")],
+    blocks: Annotated[str, typer.Option(help="last, all, or indices such as 0,4,5.")] = "last",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the test samples per block.")] = 5,
+    init: Annotated[Init, typer.Option(help="How smoothing starts; neutral: S = 1.")] = Init.neutral,
+    nsamples: Annotated[
+        int | None, typer.Option(min=1, help="At most so many windows of the text.", show_default="128")
+    ] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", show_default="as it was calibrated")] = None,
+    eval_ppl: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Measure perplexity on this text before and after; may be repeated."),
+    ] = None,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    device: Device = "auto",
+    json: JsonFile = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Adapt QUANTIZED to an unlabelled test set; the result is a new checkpoint, and QUANTIZED stays as it is."""
+    console.check_json_path(json)
+
+    from lrquant.adaptation import adapt
+    from lrquant.api import evaluate
+
+    with console.watching("adapting") as progress:
+        adapted = adapt(
+            quantized,
+            reference,
+            data,
+            save_dir,
+            blocks,
+            epochs,
+            init.value,
+            nsamples,
+            seqlen,
+            device,
+            progress,
+            trust_remote_code,
+        )
+
+    def measure(path: str) -> dict[str, "Perplexity"]:
+        with console.status(f"Measuring perplexity of {path}"):
+            return evaluate(
+                path,
+                eval_ppl or (),
+                adapted.recipe.seqlen,
+                limit_windows,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+
+    before, after = measure(quantized), measure(str(save_dir))
+    rows = [[f"perplexity {name}", f"{before[name].value:.3f}", f"{after[name].value:.3f}"] for name in before]
+    rows += [
+        [f"block {record.index}, loss ({record.outcome})", f"{record.initial_loss:.4g}", f"{record.final_loss:.4g}"]
+        for record in adapted.records
+    ]
+    console.table(f"{save_dir}, adapted to {data}, {adapted.seconds:.1f} s", ["", "before", "after"], rows)
+    console.write_json(
+        json,
+        {
+            "quantized": quantized,
+            "reference": reference,
+            "saved_to": str(save_dir),
+            "blocks": list(adapted.blocks),
+            "seconds": adapted.seconds,
+            "perplexity": {name: result.value for name, result in before.items()},
+            "adapted_perplexity": {name: result.value for name, result in after.items()},
+            "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in after.items()},
+            "records": [record.as_dict() for record in adapted.records],
+            "recipe": adapted.recipe.model_dump(),
+        },
+    )
+
+
+def perplexity_after_adaptation(
+    quantized: Path, reference: str, texts: Sequence[str], seqlen: int | None, limit_windows: int | None, device: str
+) -> dict[str, "Perplexity"]:
+    """Perplexity on each of `texts` of a copy of `quantized` that was adapted to it and is then thrown away."""
+    from lrquant.adaptation import adapt
+    from lrquant.api import evaluate
+
+    measured: dict[str, Perplexity] = {}
+    for text in texts:
+        with tempfile.TemporaryDirectory() as folder, console.watching(f"adapting to {text}") as progress:
+            path = Path(folder) / "adapted"
+            adapt(quantized, reference, text, path, seqlen=seqlen, device=device, watcher=progress)
+            measured |= evaluate(str(path), [text], seqlen, limit_windows, device=device)
+    return measured

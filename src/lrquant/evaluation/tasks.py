@@ -1,0 +1,86 @@
+"""Zero-shot and few-shot tasks through lm-eval's own wrapper of transformers models.
+
+Tasks are run one by one, so that one whose data cannot be fetched costs the others nothing. `zoo:cloze` is
+lrquant's own task (see lrquant.zoo.tasks) and needs no network.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrquant.errors import UsageError
+from lrquant.zoo import ZOO_PREFIX
+
+ZOO_TASKS = Path(__file__).parents[1] / "zoo" / "tasks"
+
+
+@dataclass
+class TaskResults:
+    """lm-eval's figures by task, its table of them, and a line for every task that could not be run."""
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    table: str = ""
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def check_tasks(tasks: Sequence[str]) -> Any:
+    """lm-eval's task manager, after making sure that it knows every task.
+
+    Raises:
+        UsageError: lm-eval is not installed, or a name is unknown.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UsageError("tasks are run by lm-eval, which is not installed: pip install 'lrquant[eval]'") from None
+    manager = TaskManager(include_path=str(ZOO_TASKS))
+    for task in tasks:
+        if not manager.match_tasks([_lm_eval_name(task)]):
+            raise UsageError(f"unknown task {task!r}: give names of lm-eval's tasks, or {ZOO_PREFIX}cloze")
+    return manager
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> TaskResults:
+    """Evaluate `model` on `tasks`. `num_fewshot` None: the task's own; `limit`: only so many items of each."""
+    manager = check_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    merged: dict[str, Any] = {}
+    outcome = TaskResults()
+    for task in tasks:
+        try:
+            found = simple_evaluate(
+                wrapped,
+                tasks=[_lm_eval_name(task)],
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+        except Exception as error:  # the libraries underneath raise a dozen kinds when the hub is away
+            first = next(iter(str(error).splitlines()), "")
+            outcome.failed[task] = f"task {task!r} could not be run ({type(error).__name__}: {first[:160]})"
+            continue
+        for key, value in found.items():
+            if isinstance(value, dict):
+                merged.setdefault(key, {}).update(value)
+    if merged:
+        outcome.results, outcome.table = merged["results"], make_table(merged)
+    return outcome
+
+
+def _lm_eval_name(task: str) -> str:
+    return task.replace(":", "_") if task.startswith(ZOO_PREFIX) else task
