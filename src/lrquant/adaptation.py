@@ -175,7 +175,7 @@ def block_parameters(model: nn.Module, original: nn.Module, path: str) -> list[M
     """
     try:
         pairs = list(zip(model.get_submodule(path), original.get_submodule(path), strict=True))  # type: ignore[call-overload]
-        result = []
+        result: list[Mapping[str, Tensor]] = []
         for ours, theirs in pairs:
             state, shapes = ours.state_dict(), {name: value.shape for name, value in theirs.named_parameters()}
             extra = [name for name in state if name.endswith(".bias")]
