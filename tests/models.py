@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
     ),
     "falcon-multi-query": ("falcon", _FALCON | {"multi_query": True}),
+    "falcon-alibi-eager": ("falcon", _FALCON | {"alibi": True, "attn_implementation": "eager"}),
     "falcon-alibi": ("falcon", _FALCON | {"multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
 }
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 
-def round_straight_through(x: Tensor) -> Tensor:
-    """Rounds; its derivative is 1."""
-    return x + (x.round() - x).detach()
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the derivative of `x`."""
+    return x + (rounded - x).detach()
 
 
 def fake_quantize_weight(
@@ -19,7 +19,7 @@ def fake_quantize_weight(
     clip_low: Tensor | None = None,  # (out, groups, 1)
     clip_high: Tensor | None = None,  # (out, groups, 1)
     offset: Tensor | None = None,  # (out, in)
-    scale_dtype: torch.dtype = torch.float64,  # what the checkpoint holds; autograd passes casts straight through
+    scale_dtype: torch.dtype = torch.float64,  # what the checkpoint holds
 ) -> Tensor:
     least, most, steps = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2**bits - 1
     if row is not None:
@@ -37,12 +37,15 @@ def fake_quantize_weight(
         scale = torch.maximum(-low, high) / (steps / 2)
     else:
         scale = (high - low) / steps
-    scale = scale.to(scale_dtype).double().clamp(min=1e-5).to(scale_dtype).double()
+    scale = straight_through(scale, scale.to(scale_dtype).double()).clamp(min=1e-5)
+    scale = straight_through(scale, scale.to(scale_dtype).double())
     zero = torch.zeros_like(scale)
     if not symmetric:
-        zero = round_straight_through((least - low / scale).clamp(least, most))
+        zero = (least - low / scale).clamp(least, most)
+        zero = straight_through(zero, zero.round())
     q = groups / scale + zero
     if offset is not None:
         q = q + offset.view_as(groups)
-    q = round_straight_through(q.clamp(least, most))
+    q = q.clamp(least, most)
+    q = straight_through(q, q.round())
     return ((q - zero) * scale).flatten(-2)

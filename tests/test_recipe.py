@@ -89,7 +89,7 @@ def test_formats_have_their_short_names() -> None:
         ({"epochs": -1}, "^epochs = -1: "),
         ({"let_lr": float("nan")}, "^let_lr = nan: "),
         ({"alpha": 1.5}, "^alpha = 1.5: "),
-        ({"init": "random"}, "^init = 'random': .*'log' or 'smoothquant'"),
+        ({"schedule": "linear"}, "^schedule = 'linear': .*'constant' or 'cosine'"),
         ({"seed": 2**64}, "^seed = "),
         ({"bits": 4}, "^unknown recipe key 'bits': there are method, wbits, "),
         ({"grupsize": 64}, "^unknown recipe key 'grupsize': there are .*group_size"),

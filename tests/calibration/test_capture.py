@@ -86,6 +86,19 @@ def test_layers_with_windows_get_another_mask_than_full_ones() -> None:
     )
 
 
+def test_samples_are_batched_only_where_their_arguments_can_be() -> None:
+    hidden = [torch.zeros(1, 3, 4)] * 2
+    per_sample = {"mask": torch.zeros(1, 1, 3, 3), "turns": (torch.zeros(1, 3, 2),), "steps": torch.arange(3)}
+    inputs = BlockInputs(hidden, [[per_sample]])
+    assert inputs.shared()
+    together = inputs.arguments_of(0, 0, 2, CPU)
+    assert together["mask"].shape == (2, 1, 3, 3)
+    assert together["turns"][0].shape == (2, 3, 2)
+    assert together["steps"].shape == (3,)
+    heads_in_front = {"alibi": torch.zeros(8, 1, 3)}
+    assert not BlockInputs(hidden, [[heads_in_front]]).shared()
+
+
 def test_a_model_that_fails_gets_its_blocks_back() -> None:
     model = build("llama", torch.float32)
     blocks = list(model.model.layers)

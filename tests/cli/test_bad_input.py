@@ -168,7 +168,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "no save dir": (2, "--save-dir", lambda tiny, tmp: ["quantize", tiny]),
     "misspelt option": (2, "No such option", quantize("--wbit", 4)),
     "statistics": (2, "not a file of channel statistics", quantize("--statistics", "/etc/hostname")),
-    "eval nothing": (2, "name a text with --ppl", lambda tiny, tmp: ["eval", tiny]),
+    "eval nothing": (2, "nothing to measure: name a text", lambda tiny, tmp: ["eval", tiny]),
     "eval unknown": (2, "neither a data set", lambda tiny, tmp: ["eval", tiny, "--ppl", "nothing"]),
     "eval short": (2, "less than one window", lambda tiny, tmp: ["eval", tiny, "--ppl", tiny / "short.txt"]),
 }

@@ -31,22 +31,27 @@ class BlockInputs:
     arguments: list[list[dict[str, Any]]]
 
     def shared(self) -> bool:
-        """Whether samples may be batched: all have one shape and the same arguments."""
+        """Whether samples may be batched: all have one shape, and the same arguments, which can be expanded."""
         one_shape = len({hidden.shape for hidden in self.hidden}) == 1 and self.hidden[0].ndim == 3
-        return one_shape and all(len(per_sample) == 1 for per_sample in self.arguments)
+        return one_shape and all(len(given) == 1 and _expandable(given[0]) for given in self.arguments)
 
     def arguments_of(self, block: int, sample: int, batch: int, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of `block` for a batch of `batch` samples that starts with `sample`."""
         per_sample = self.arguments[block]
         chosen = per_sample[0] if len(per_sample) == 1 else per_sample[sample]
-        return _map_tensors(chosen, lambda tensor: _for_batch(tensor, batch).to(device))
+        return _map_tensors(chosen, lambda tensor: _for_batch(tensor.to(device), batch))
 
 
 def _for_batch(tensor: Tensor, batch: int) -> Tensor:
-    """Tensors were recorded for one sample: a leading 1 broadcasts, anything else is per sample and repeats."""
-    if batch == 1 or tensor.ndim == 0 or tensor.shape[0] == 1:
-        return tensor
-    return torch.cat([tensor] * batch)
+    """Tensors were recorded for one sample. The batch is expanded, not left to broadcasting: Falcon views it."""
+    return tensor if batch == 1 or tensor.ndim < 2 else tensor.expand(batch, *tensor.shape[1:])
+
+
+def _expandable(arguments: dict[str, Any]) -> bool:
+    """Whether the first dimension of every tensor is the batch of one; in some models it holds heads as well."""
+    tensors: list[Tensor] = []
+    _map_tensors(arguments, tensors.append)
+    return all(tensor.ndim < 2 or tensor.shape[0] == 1 for tensor in tensors)
 
 
 def _map_tensors(value: Any, change: Any) -> Any:

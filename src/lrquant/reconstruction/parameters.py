@@ -111,7 +111,7 @@ def quantized_parameters(
     changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
     if fixed.grid is None:
         return {name: value.to(dtype) for name, value in materialize(fixed.tensors, changed).items()}
-    result = {name: vector.to(dtype) for name, vector in changed.vectors.items()}
+    result = {name: vector.to(fixed.storage_dtype).to(dtype) for name, vector in changed.vectors.items()}
     for linear in fixed.linears:
         weight = fake_quantize_weight(
             fixed.tensors[f"{linear}.weight"],
