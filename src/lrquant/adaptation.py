@@ -104,7 +104,9 @@ def adapt(
     chosen = parse_blocks(blocks, len(present))
     if isinstance(data, str):
         seqlen = window(original.config, seqlen or recipe.seqlen)
-        samples = adaptation_samples(load_tokenizer(str(source), trust_remote_code), data, seqlen, nsamples or MOST_SAMPLES)
+        samples = adaptation_samples(
+            load_tokenizer(str(source), trust_remote_code), data, seqlen, nsamples or MOST_SAMPLES
+        )
     else:
         samples = list(data)
     recipe = recipe.changed(
