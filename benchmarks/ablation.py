@@ -69,8 +69,8 @@ def main(
     total = sum(seeds - len(results[row].get(name, [])) for row in names for name in FORMATS)
     done, began = 0, time.perf_counter()
     full = perplexity(original, test, seqlen, windows).value
-    for row in names:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for row in names:
             for name, bits in FORMATS.items():
                 values = results[row].setdefault(name, [])
                 if len(values) > seed:
