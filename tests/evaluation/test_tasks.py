@@ -32,16 +32,16 @@ def test_the_questions_are_the_same_every_time_and_from_held_out_text() -> None:
 
 
 def test_the_bundled_model_is_clearly_above_chance_and_a_random_one_is_not(tmp_path: Path) -> None:
-    """Chance is 1/4; with 60 questions its standard deviation is 0.056, so 0.5 is more than four away."""
+    """Chance is 1/4; over 120 questions its standard deviation is 0.04: 0.38 is more than three away."""
     tokenizer = load_tokenizer("zoo:llama")
     accuracy = {}
     for name in ("zoo:llama", str(write_tiny(tmp_path / "random"))):
-        found = run_tasks(load_model(name, torch.float32), tokenizer, ["zoo:cloze"], limit=60, batch_size=16)
+        found = run_tasks(load_model(name, torch.float32), tokenizer, ["zoo:cloze"], limit=120, batch_size=16)
         assert "zoo_cloze" in found.table
         accuracy[name] = found.results["zoo_cloze"]["acc,none"]
     good, random = accuracy.values()
-    assert good > 0.5
-    assert random < 0.45
+    assert good > 0.4
+    assert random < 0.38
 
 
 def test_a_task_out_of_reach_costs_the_others_nothing(tmp_path: Path) -> None:
