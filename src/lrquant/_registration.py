@@ -47,7 +47,7 @@ def register_quantizer(_: Any = None) -> None:
             kwargs.pop("quant_method", None)
             kwargs.pop("version", None)
             super().__init__(**kwargs)
-            self.quant_method = OWN_METHOD  # by which transformers picks the quantizer
+            self.quant_method = OWN_METHOD  # type: ignore[assignment]  # by which transformers picks the quantizer
             self.added_biases = added_biases or []
 
     @auto.register_quantizer(OWN_METHOD)

@@ -174,8 +174,8 @@ def block_parameters(model: nn.Module, original: nn.Module, path: str) -> list[M
         UsageError: `original` is not what `model` was made from.
     """
     try:
-        pairs = list(zip(model.get_submodule(path), original.get_submodule(path), strict=True))  # type: ignore[arg-type]
-        result = []
+        pairs = list(zip(model.get_submodule(path), original.get_submodule(path), strict=True))  # type: ignore[call-overload]
+        result: list[Mapping[str, Tensor]] = []
         for ours, theirs in pairs:
             state, shapes = ours.state_dict(), {name: value.shape for name, value in theirs.named_parameters()}
             extra = [name for name in state if name.endswith(".bias")]

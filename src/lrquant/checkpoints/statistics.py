@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lrquant.errors import UsageError
 from lrquant.transforms.statistics import ChannelStatistics
@@ -34,7 +35,7 @@ def load_statistics(*paths: Path) -> Statistics:
     """
     path = paths[0]
     try:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path in paths:
             tensors |= load_file(path)
         blocks: dict[int, dict[str, ChannelStatistics]] = {}

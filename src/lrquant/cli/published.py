@@ -58,12 +58,12 @@ def statistics(
     from lrquant.architectures import family_of
     from lrquant.calibration import calibration_samples
     from lrquant.checkpoints.statistics import save_statistics_file
-    from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
+    from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device
     from lrquant.reconstruction import gather_statistics
 
     on = pick_device("auto")
     loaded = load_model(model, compute_dtype("auto", on))
-    seqlen = min(seq_len, window(loaded.config, None) if seq_len == 2048 else window(loaded.config, seq_len))
+    seqlen = min(seq_len, getattr(loaded.config, "max_position_embeddings", None) or seq_len)
     samples = calibration_samples(load_tokenizer(model), calib_dataset, num_samples, seqlen, seed)
     calls = [{"input_ids": row, "use_cache": False} for row in samples]
     with console.status("Gathering statistics"):
