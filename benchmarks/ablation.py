@@ -48,8 +48,10 @@ def main(
     epochs: int = 5,
     batch_size: int = 4,
     windows: int = 64,
-    rows: Annotated[str, typer.Option(help="Only these rows, by number, as 0,4.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every single result here.")] = None,
+    rows: Annotated[str, typer.Option(help="Only these rows, by number, as 0,1.")] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Keep every single result here; results already there are not redone.")
+    ] = None,
 ) -> None:
     """Print the ablation of LRQuant+ as a markdown table."""
     err = Console(stderr=True)
@@ -57,25 +59,36 @@ def main(
     test = evaluation_ids(tokenizer, eval_ppl)
     calibration = [calibration_samples(tokenizer, calib, nsamples, seqlen, seed) for seed in range(seeds)]
     names = [name for index, name in enumerate(ROWS) if not rows or str(index) in rows.split(",")]
-    results: dict[str, dict[str, list[float]]] = {row: {} for row in names}
-    began = time.perf_counter()
-    total = len(names) * len(FORMATS) * seeds
+    settings = [model, calib, eval_ppl, nsamples, seqlen, epochs, batch_size, windows]
+    kept = (
+        json.loads(json_file.read_text()) if json_file and json_file.is_file() else {"settings": settings, "rows": {}}
+    )
+    if kept["settings"] != settings:
+        raise typer.BadParameter(f"{json_file} holds results of other settings, {kept['settings']}")
+    results: dict[str, dict[str, list[float]]] = {row: kept["rows"].get(row, {}) for row in names}
+    total = sum(seeds - len(results[row].get(name, [])) for row in names for name in FORMATS)
+    done, began = 0, time.perf_counter()
     full = perplexity(original, test, seqlen, windows).value
-    for row in names:
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for row in names:
             for name, bits in FORMATS.items():
+                values = results[row].setdefault(name, [])
+                if len(values) > seed:
+                    continue
                 parts = {part: part in ROWS[row] for part in PARTS}
                 recipe = lrquant.Recipe.preset(
                     "lrquant", **bits, **parts, epochs=epochs, batch_size=batch_size, seed=seed, seqlen=seqlen
                 )
                 quantized = lrquant.quantize(copy.deepcopy(original), recipe, calibration[seed], tokenizer=tokenizer)
-                value = perplexity(quantized.model, test, seqlen, windows).value
-                results[row].setdefault(name, []).append(value)
-                done = sum(len(values) for cells in results.values() for values in cells.values())
+                values.append(perplexity(quantized.model, test, seqlen, windows).value)
+                done += 1
                 left = (time.perf_counter() - began) * (total / done - 1)
-                err.print(f"{done}/{total} seed {seed} {row}, {name}: {value:.3f}, {left / 60:.0f} min left")
+                err.print(f"{done}/{total} seed {seed} {row}, {name}: {values[-1]:.3f}, {left / 60:.0f} min left")
                 if json_file:
-                    json_file.write_text(json.dumps({"full precision": full, "rows": results}, indent=1) + "\n")
+                    merged = kept["rows"] | results
+                    json_file.write_text(
+                        json.dumps({"settings": settings, "full": full, "rows": merged}, indent=1) + "\n"
+                    )
     print(f"| perplexity on {eval_ppl}, mean ± deviation of {seeds} seeds | {' | '.join(FORMATS)} |")
     print("|---|" + "---|" * len(FORMATS))
     print(f"| full precision | {' | '.join([f'{full:.3f}'] * len(FORMATS))} |")

@@ -77,7 +77,7 @@ def test_the_original_has_its_bytes_and_its_perplexity_afterwards(quantized: Pat
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_is_saved_is_what_was_learned(name: str, tiny: Path, tmp_path: Path) -> None:
-    """Adapting twice to the same data, the second start is the first result: it begins where that one ended."""
+    """Adapting twice to the same data, the second begins with the loss that the first ended at."""
     lrquant.quantize(str(tiny), RECIPES[name], save_dir=tmp_path / "q")
     first = lrquant.adapt(tmp_path / "q", tiny, TEST, tmp_path / "once", blocks="all", epochs=1)
     second = lrquant.adapt(tmp_path / "once", tiny, TEST, tmp_path / "twice", blocks="0", epochs=1)

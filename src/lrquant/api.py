@@ -21,6 +21,7 @@ from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_devic
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import linear_input_args
+from lrquant.reconstruction.learning import Learnables
 from lrquant.transforms.statistics import ChannelStatistics
 from lrquant.watching import Watcher
 
@@ -53,6 +54,7 @@ def quantize(
     device: str = "auto",
     watcher: Watcher | None = None,
     statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
+    start_from: Sequence[Learnables] | None = None,
     trust_remote_code: bool = False,
 ) -> Quantized:
     """Quantize a causal language model, block by block, and save it when `save_dir` is given.
@@ -66,6 +68,8 @@ def quantize(
         recipe: a `Recipe` or a preset's name.
         calibration: text by name or path, or token ids, (1, tokens) each; None: the recipe's.
         statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
+        start_from: learned parameters of an earlier run (`Quantized.result.learned`), one mapping per block, in place
+            of the initial transformation; with `epochs` 0 they are used as they are.
 
     Raises:
         UsageError, LrquantError: one line each; nothing is left behind.
@@ -100,7 +104,7 @@ def quantize(
         recipe = recipe.changed(nsamples=len(ids), calibration="token ids given in memory")
     samples = [{"input_ids": row, "use_cache": False} for row in ids]
     result = reconstruct(
-        model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), given_statistics=statistics
+        model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), statistics, start_from
     )
     notes = _notes(family, recipe, result)
     _keep_activations_quantized(model, recipe, result)

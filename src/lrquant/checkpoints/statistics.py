@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lrquant.errors import UsageError
 from lrquant.transforms.statistics import ChannelStatistics
@@ -12,28 +13,31 @@ from lrquant.transforms.statistics import ChannelStatistics
 Statistics = Sequence[dict[str, ChannelStatistics]]
 
 
-def save_statistics_file(path: Path, statistics: Statistics) -> None:
+def save_statistics_file(path: Path, statistics: Statistics, kinds: Sequence[str] = ("absmax", "midpoint")) -> None:
     """One safetensors file; tensors are called `block.linear:absmax` and `block.linear:midpoint`."""
     tensors = {
         f"{index}.{linear}:{kind}": tensor.contiguous()
         for index, block in enumerate(statistics)
         for linear, seen in block.items()
         for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint))
-        if tensor is not None
+        if tensor is not None and kind in kinds
     }
     temporary = path.with_name(f".{path.name}.part")
     save_file(tensors, temporary)
     temporary.replace(path)
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Statistics written by `save_statistics_file`.
+def load_statistics(*paths: Path) -> Statistics:
+    """Statistics written by `save_statistics_file`; maxima and midpoints may lie in files of their own.
 
     Raises:
         UsageError: no such file, or not one of these.
     """
+    path = paths[0]
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = {}
+        for path in paths:
+            tensors |= load_file(path)
         blocks: dict[int, dict[str, ChannelStatistics]] = {}
         for name, tensor in tensors.items():
             block, _, rest = name.partition(".")
@@ -41,6 +45,8 @@ def load_statistics(path: Path) -> Statistics:
             if kind not in ("absmax", "midpoint"):
                 raise ValueError(f"tensor {name!r}")
             setattr(blocks.setdefault(int(block), {}).setdefault(linear, ChannelStatistics()), kind, tensor)
+        if any(None in (seen.absmax, seen.midpoint) for block in blocks.values() for seen in block.values()):
+            raise ValueError("it holds maxima or midpoints alone: give both files")
         return [blocks[index] for index in range(len(blocks))]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: not a file of channel statistics ({str(error).splitlines()[0]})") from None

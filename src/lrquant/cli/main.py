@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -44,12 +45,16 @@ def options(
 
 
 def main() -> None:
+    run(app)
+
+
+def run(program: Callable[[], object]) -> None:
     """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_LEVEL", "ERROR")
     try:
-        app()
+        program()
     except LrquantError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt as error:

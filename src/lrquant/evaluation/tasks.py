@@ -4,8 +4,10 @@ Tasks are run one by one, so that one whose data cannot be fetched costs the oth
 lrquant's own task (see lrquant.zoo.tasks) and needs no network.
 """
 
+import io
 import logging
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,14 +64,15 @@ def run_tasks(
     outcome = TaskResults()
     for task in tasks:
         try:
-            found = simple_evaluate(
-                wrapped,
-                tasks=[_lm_eval_name(task)],
-                num_fewshot=num_fewshot,
-                limit=limit,
-                task_manager=manager,
-                log_samples=False,
-            )
+            with redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+                found = simple_evaluate(
+                    wrapped,
+                    tasks=[_lm_eval_name(task)],
+                    num_fewshot=num_fewshot,
+                    limit=limit,
+                    task_manager=manager,
+                    log_samples=False,
+                )
         except Exception as error:  # the libraries underneath raise a dozen kinds when the hub is away
             first = next(iter(str(error).splitlines()), "")
             outcome.failed[task] = f"task {task!r} could not be run ({type(error).__name__}: {first[:160]})"

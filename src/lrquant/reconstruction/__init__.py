@@ -1,6 +1,6 @@
 """The engine: one block at a time, learn its transformation and clipping, freeze, go on."""
 
-from lrquant.reconstruction.engine import Present, Reconstruction, reconstruct
+from lrquant.reconstruction.engine import Present, Reconstruction, gather_statistics, reconstruct
 from lrquant.reconstruction.records import BlockRecord
 
-__all__ = ["BlockRecord", "Present", "Reconstruction", "reconstruct"]
+__all__ = ["BlockRecord", "Present", "Reconstruction", "gather_statistics", "reconstruct"]

@@ -125,6 +125,10 @@ def reconstruct(
                 generator = torch.Generator().manual_seed(recipe.seed + index)
                 start |= initial_rotation(fixed, recipe.rotation_rank, generator)
             if start_from is not None:
+                if len(start_from) != len(blocks):
+                    raise UsageError(
+                        f"the saved parameters are of {len(start_from)} blocks, the model has {len(blocks)}"
+                    )
                 start = _checked_start(start, start_from[index], index, device)
             input_args = linear_input_args(block, scheme.inputs, recipe, flat)
             with quantized_activations(block, input_args, attention_args):
@@ -163,6 +167,22 @@ def reconstruct(
         result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
         result.records.append(record)
         watcher.block_done(record)
+    return result
+
+
+def gather_statistics(
+    model: nn.Module, family: Family, samples: Sequence[dict[str, Any]], device: torch.device
+) -> list[dict[str, ChannelStatistics]]:
+    """Statistics of every block's linear inputs in full precision; nothing is quantized."""
+    blocks = list(model.get_submodule(family.blocks).children())
+    inputs = capture(model, blocks, samples)
+    stream = [hidden.clone() for hidden in inputs.hidden]
+    result = []
+    for index, block in enumerate(blocks):
+        check_finite(block, f"{family.blocks}.{index}")
+        with _on_device(block, device):
+            statistics, _ = _Run(block, index, inputs, device, 1).advance_full_precision(stream)
+        result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
     return result
 
 
