@@ -20,7 +20,7 @@ from lrquant.memory import PeakMemory
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
-from lrquant.reconstruction.engine import linear_input_args
+from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
 from lrquant.transforms.statistics import ChannelStatistics
 from lrquant.watching import Watcher
 
@@ -158,9 +158,9 @@ def _stored_dtype(name: str, trust_remote_code: bool) -> torch.dtype:
 
 def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstruction) -> None:
     """Leave `model` computing as its checkpoint will."""
-    blocks = model.get_submodule(result.blocks_path)
-    for block in blocks:
-        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, result.flat_inputs)
+    for path in result.block_paths:
+        block = model.get_submodule(path)
+        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat_inputs_within(result, path))
         install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
 
 

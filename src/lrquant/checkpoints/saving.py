@@ -77,10 +77,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
 def measure_sizes(model: nn.Module, result: Reconstruction, tensors: dict[str, torch.Tensor]) -> Sizes:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     quantized = bits = 0
-    for index, frozen in enumerate(result.frozen):
+    for path, frozen in zip(result.block_paths, result.frozen, strict=True):
         for linear, weight in frozen.weights.items():
             quantized += weight.integers.numel()
-            prefix = f"{result.blocks_path}.{index}.{linear}.weight"
+            prefix = f"{path}.{linear}.weight"
             parts = (tensors.get(prefix + part) for part in ("", "_packed", "_scale", "_zero_point"))
             bits += 8 * sum(part.nbytes for part in parts if part is not None)
     total = sum(tensor.nbytes for tensor in tensors.values())
