@@ -19,6 +19,7 @@ from lrquant._registration import register_configuration, register_quantizer
 
 if TYPE_CHECKING:
     from lrquant.api import Quantized, evaluate, quantize
+    from lrquant.api_vision import evaluate_answers, evaluate_images
     from lrquant.checkpoints import load
     from lrquant.errors import LrquantError, UsageError
     from lrquant.recipe import Recipe
@@ -28,6 +29,8 @@ __version__ = "0.1.0"
 _HOME = {
     "quantize": "lrquant.api",
     "evaluate": "lrquant.api",
+    "evaluate_answers": "lrquant.api_vision",
+    "evaluate_images": "lrquant.api_vision",
     "Quantized": "lrquant.api",
     "load": "lrquant.checkpoints",
     "Recipe": "lrquant.recipe",
@@ -35,7 +38,17 @@ _HOME = {
     "UsageError": "lrquant.errors",
 }
 
-__all__ = ["LrquantError", "Quantized", "Recipe", "UsageError", "evaluate", "load", "quantize"]
+__all__ = [
+    "LrquantError",
+    "Quantized",
+    "Recipe",
+    "UsageError",
+    "evaluate",
+    "evaluate_answers",
+    "evaluate_images",
+    "load",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lrquant.architectures import family_of
-from lrquant.calibration.text import calibration_samples, evaluation_ids, text_name
+from lrquant.calibration.samples import samples_of
+from lrquant.calibration.text import evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, check_save_dir, load, save
 from lrquant.checkpoints.packing import checkpoint_tensors
 from lrquant.checkpoints.saving import measure_sizes
@@ -17,6 +18,7 @@ from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
+from lrquant.modality import load_processor, modality_of
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
@@ -30,7 +32,7 @@ class Quantized:
     """A quantized model in memory, and how it came about."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Any  # an image model's processor, a multimodal model's processor
     recipe: Recipe
     result: Reconstruction
     sizes: Sizes
@@ -55,16 +57,16 @@ def quantize(
     statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
     trust_remote_code: bool = False,
 ) -> Quantized:
-    """Quantize a causal language model, block by block, and save it when `save_dir` is given.
+    """Quantize a language, vision or multimodal model, block by block, and save it when `save_dir` is given.
 
     >>> lrquant.quantize("zoo:llama", lrquant.Recipe.preset("lrquant", wbits=4, abits=4,
     ...                  calibration="zoo:pydoc", nsamples=32, seqlen=256), save_dir="llama-w4a4")
 
     Args:
         model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model, which is changed in
-            place (then give its `tokenizer`, unless `calibration` is token ids).
+            place (then give its `tokenizer` or processor, unless `calibration` is token ids).
         recipe: a `Recipe` or a preset's name.
-        calibration: text by name or path, or token ids, (1, tokens) each; None: the recipe's.
+        calibration: text, pictures or dialogues by name or path, or token ids, (1, tokens) each; None: the recipe's.
         statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
 
     Raises:
@@ -80,8 +82,8 @@ def quantize(
     dtype = compute_dtype(recipe.dtype, on)
     if isinstance(model_or_path, str | Path):
         base = str(model_or_path)
-        tokenizer = tokenizer or load_tokenizer(base, trust_remote_code)
         model = load_model(base, dtype, trust_remote_code)
+        tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
         storage_dtype = _stored_dtype(base, trust_remote_code)
     else:
         model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
@@ -91,14 +93,13 @@ def quantize(
     family = family_of(model)
     if calibration is None or isinstance(calibration, str):
         if tokenizer is None:
-            raise UsageError("a model in memory needs its tokenizer, or token ids as calibration")
-        seqlen = window(model.config, recipe.seqlen)
-        recipe = recipe.changed(seqlen=seqlen)
-        ids = calibration_samples(tokenizer, recipe.calibration, recipe.nsamples, seqlen, recipe.seed)
+            raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")
+        samples, recipe = samples_of(
+            modality_of(model), tokenizer, recipe, lambda seqlen: window(model.config.get_text_config(), seqlen)
+        )
     else:
-        ids = list(calibration)
-        recipe = recipe.changed(nsamples=len(ids), calibration="token ids given in memory")
-    samples = [{"input_ids": row, "use_cache": False} for row in ids]
+        samples = [{"input_ids": row, "use_cache": False} for row in calibration]
+        recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
     result = reconstruct(
         model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), given_statistics=statistics
     )

@@ -91,5 +91,5 @@ def test_towers_come_in_the_order_that_data_flows(name: str) -> None:
 
 def test_a_tower_that_is_not_there_is_named() -> None:
     model = build("vit")
-    with pytest.raises(UsageError, match="'language'.*vision"):
+    with pytest.raises(UsageError, match=r"'language'.*vision"):
         family_of(model).stages(model, ("language",))

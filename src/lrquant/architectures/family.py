@@ -76,7 +76,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Tower:
-    """One tower of a multimodal model: where it is, whose configuration it has, and its family (None: known by type)."""
+    """A tower of a multimodal model: where it is, its part of the configuration, its family (None: found by type)."""
 
     name: str
     path: str

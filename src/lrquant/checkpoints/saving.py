@@ -17,6 +17,7 @@ from lrquant._registration import BASE_MODEL_TYPE, OWN_METHOD, OWN_MODEL_TYPE
 from lrquant.checkpoints.card import model_card
 from lrquant.checkpoints.packing import checkpoint_tensors, quantization_config
 from lrquant.errors import LrquantError, UsageError
+from lrquant.modality import auto_model
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import Reconstruction
 
@@ -106,7 +107,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         recipe.to_yaml(folder / RECIPE_FILE)
-        (folder / "README.md").write_text(model_card(base_model, recipe, sizes, config, result))
+        (folder / "README.md").write_text(
+            model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+        )
     return sizes
 
 

@@ -1,7 +1,7 @@
 """`lrquant eval`: how good a model is, quantized or not."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,15 +20,38 @@ def evaluate(
         int | None, typer.Option(help="Tokens per window.", show_default="2048 or the model's most")
     ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Only so many windows.")] = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Pictures: zoo:shapes, a folder with one subfolder per class, the hub."),
+    ] = None,
+    vqa: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Questions about pictures: zoo:shapes-vqa, or a .jsonl file."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many pictures or questions.", show_default="1000 pictures")
+    ] = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
     json: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure MODEL's perplexity on one or more texts."""
-    if not ppl:
-        raise UsageError("nothing to measure: name a text with --ppl, for example --ppl wikitext2 or --ppl zoo:pydoc")
+    """Measure MODEL's perplexity on texts, its accuracy on pictures, its answers to questions about pictures."""
+    if not (ppl or images or vqa):
+        raise UsageError(
+            "nothing to measure: name a text with --ppl (wikitext2, zoo:pydoc), pictures with --images (zoo:shapes), "
+            "or questions with --vqa (zoo:shapes-vqa)"
+        )
     console.check_json_path(json)
+    figures: dict[str, Any] = {"model": model}
+    if images or vqa:
+        from lrquant.cli.seeing import measure_vision
+
+        how = {"device": device, "dtype": dtype.value, "trust_remote_code": trust_remote_code}
+        figures |= measure_vision(model, images or [], vqa or [], limit, **how)
+    if not ppl:
+        console.write_json(json, figures)
+        return
 
     from lrquant.api import evaluate as measure
 
@@ -43,7 +66,7 @@ def evaluate(
     console.write_json(
         json,
         {
-            "model": model,
+            **figures,
             "seconds": seconds,
             "perplexity": {name: result.value for name, result in measured.items()},
             "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},

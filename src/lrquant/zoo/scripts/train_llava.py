@@ -9,7 +9,7 @@ The held-out accuracy of each kind of question is written beside the weights (`t
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,20 +39,20 @@ PICTURE, END, PAD = "<image>", "</s>", "<pad>"
 CHAT = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %} ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 HELD_OUT = 400
 
 
-def _asked(seed: int) -> Iterable[list[Question]]:
-    return ask(draw_scene(seed)[1]).values()
-
-
 def build_processor() -> LlavaProcessor:
     texts = [
-        f"USER: {one.question} ASSISTANT: {one.answer}" for seed in range(400) for each in _asked(seed) for one in each
+        f"USER: {one.question} ASSISTANT: {one.answer}"
+        for seed in range(400)
+        for each in ask(draw_scene(seed)[1]).values()
+        for one in each
     ]
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=384, special_tokens=[PAD, END, PICTURE], show_progress=False)

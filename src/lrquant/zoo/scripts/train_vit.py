@@ -45,7 +45,7 @@ def accuracy(model: ViTForImageClassification, pixels: Tensor, labels: Tensor) -
 
 def main(
     out: Annotated[Path, typer.Argument(help="Where the model is written.")],
-    steps: int = 5000,
+    steps: int = 3000,
     batch_size: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
