@@ -197,7 +197,7 @@ def train_tower(model: LlavaForConditionalGeneration, steps: int, batch_size: in
         states = tower(pixel_values=pixels_of(images), output_hidden_states=True).hidden_states[-1]
         loss = teacher.loss(states[:, 1:], shapes)
         if step % 250 == 0:
-            print(f"tower, step {step}: loss {float(loss):.4f}", flush=True)
+            print(f"tower, step {step}: loss {loss.item():.4f}", flush=True)
         descend(loss, learned, optimizer, schedule)
     tower.requires_grad_(False)
 
@@ -212,8 +212,8 @@ def descend(loss: Tensor, learned: list[Tensor], optimizer: torch.optim.Optimize
 
 def main(
     out: Annotated[Path, typer.Argument(help="Where the model is written.")],
-    tower_steps: int = 2000,
-    steps: int = 3000,
+    tower_steps: int = 1200,
+    steps: int = 1800,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
@@ -230,7 +230,7 @@ def main(
     schedule = get_cosine_schedule_with_warmup(optimizer, 150, int(steps * 1.02))
     curve = []
     for step in range(steps + 1):
-        if step % 500 == 0 or step == steps:
+        if step % 300 == 0 or step == steps:
             curve.append({"step": step, "held_out_accuracy": accuracy(model, encoder)})
             print(curve[-1], flush=True)
             save(model, processor, curve, out)
