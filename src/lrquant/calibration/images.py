@@ -67,7 +67,9 @@ def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Pictur
     if source == ZOO_PICTURES:
         start = seed * limit if train else 0  # other seeds draw other pictures
         return [
-            Picture(lambda number=number: shapes.draw_picture(number)[0], shapes.SHAPES.index(_shape(number)))
+            Picture(
+                lambda number=number: shapes.draw_picture(number)[0], shapes.class_of(shapes.draw_picture(number)[1])
+            )
             for number in shapes.seeds(train, limit, start)
         ]
     path = Path(source)
@@ -82,10 +84,6 @@ def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Pictur
     if source.count("/") > 1 or source.startswith((".", "/", "zoo:")):
         raise UsageError(f"{source!r} is neither a folder of pictures, nor {ZOO_PICTURES}, nor a data set on the hub")
     return _on_hub(source, train, limit, seed)
-
-
-def _shape(seed: int) -> str:
-    return shapes.draw_picture(seed)[1].shape
 
 
 def _in_folder(path: Path) -> Iterator[Picture]:

@@ -1,8 +1,9 @@
 """Offline pictures: coloured shapes at random places, sizes and angles, over cluttered backgrounds with noise.
 
-`shapes` is one shape per picture, to be classified into the twelve of `SHAPES`. `shapes-vqa` has one to
-three shapes per picture and questions with one-word answers: colour, shape, count, left or right. Every
-picture follows from its seed alone; the training seeds and the held-out seeds are ranges that never meet.
+`shapes` is one shape per picture, to be classified into the sixteen `CLASSES`, a shape and its colour.
+`shapes-vqa` has one to three shapes per picture and questions with one-word answers: colour, shape, count,
+left or right. Every picture follows from its seed alone; the training seeds and the held-out seeds are ranges
+that never meet.
 """
 
 import math
@@ -38,23 +39,8 @@ def _regular(corners: int, inner: float | None = None) -> Points:
     return [(radius * math.cos(turn), radius * math.sin(turn)) for radius, turn in zip(radii, turns, strict=True)]
 
 
-def _heart() -> Points:
-    turns = [2 * math.pi * index / 40 for index in range(40)]
-    curve = ((13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17 for t in turns)
-    return [(16 * math.sin(t) ** 3 / 17, -y) for t, y in zip(turns, curve, strict=True)]
-
-
-def _crescent() -> Points:
-    outer = [math.radians(60 + 6 * step) for step in range(41)]
-    inner = [math.radians(285 - 6 * step) for step in range(36)]
-    return [(math.cos(t), math.sin(t)) for t in outer] + [
-        (0.45 + 0.85 * math.cos(t), 0.85 * math.sin(t)) for t in inner
-    ]
-
-
 _SQUARE = [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]
 _CROSS_CORNER = [(-0.33, -1.0), (0.33, -1.0), (0.33, -0.33)]
-_ARROW = [(0.0, -1.0), (0.75, -0.1), (0.3, -0.1), (0.3, 1.0), (-0.3, 1.0), (-0.3, -0.1), (-0.75, -0.1)]
 _OUTLINES: dict[str, Callable[[], Points]] = {
     "circle": lambda: _regular(40),
     "square": lambda: _SQUARE,
@@ -66,15 +52,9 @@ _OUTLINES: dict[str, Callable[[], Points]] = {
         for x, y in _CROSS_CORNER
     ],
     "ring": lambda: _regular(40) + [(0.55 * x, 0.55 * y) for x, y in reversed(_regular(40) + _regular(40)[:1])],
-    "heart": _heart,
-    "crescent": _crescent,
-    "arrow": lambda: _ARROW,
-    "pentagon": lambda: _regular(5),
-    "hexagon": lambda: _regular(6),
-    "bar": lambda: [(-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)],
 }
 SHAPES = tuple(_OUTLINES)
-VQA_SHAPES = SHAPES[:6]
+CLASSES = tuple(f"{colour} {shape}" for colour in list(COLOURS)[:4] for shape in SHAPES[:4])
 COUNTS = ("one", "two", "three")
 
 
@@ -94,12 +74,12 @@ class Question(NamedTuple):
     answer: str
 
 
-def _draw(canvas: Image.Image, placed: Placed, colour: tuple[int, ...]) -> None:
+def _draw(canvas: Image.Image, placed: Placed, colour: tuple[int, ...], zoom: int) -> None:
     cosine, sine = placed.radius * math.cos(placed.turn), placed.radius * math.sin(placed.turn)
     corners = [
         (
-            _OVERSAMPLING * (placed.x + x * cosine - y * sine),
-            _OVERSAMPLING * (placed.y + x * sine + y * cosine),
+            zoom * (placed.x + x * cosine - y * sine),
+            zoom * (placed.y + x * sine + y * cosine),
         )
         for x, y in _OUTLINES[placed.shape]()
     ]
@@ -128,7 +108,7 @@ def _render(random: np.random.Generator, shapes: list[Placed], clutter: int, noi
         drawing.line([tuple(point) for point in random.random((2, 2)) * width], fill=line, width=_OVERSAMPLING)
     for placed in shapes:
         tint = tuple(int(np.clip(channel + random.integers(-16, 17), 0, 255)) for channel in COLOURS[placed.colour])
-        _draw(canvas, placed, tint)
+        _draw(canvas, placed, tint, _OVERSAMPLING)
     small = canvas.resize((SIZE, SIZE), Image.Resampling.BOX)
     if random.random() < 0.3:
         small = small.filter(ImageFilter.GaussianBlur(float(random.uniform(0.3, 0.9))))
@@ -137,29 +117,33 @@ def _render(random: np.random.Generator, shapes: list[Placed], clutter: int, noi
 
 
 def mask(placed: Placed) -> np.ndarray:
-    """Where the shape lies: (SIZE, SIZE), 0 to 1."""
-    canvas = Image.new("L", (SIZE * _OVERSAMPLING, SIZE * _OVERSAMPLING), 0)
-    _draw(canvas, placed, (255,))
-    return np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float32) / 255
+    """Where the shape lies: (SIZE, SIZE), 0 or 1."""
+    canvas = Image.new("L", (SIZE, SIZE), 0)
+    _draw(canvas, placed, (1,), 1)
+    return np.asarray(canvas, dtype=np.float32)
 
 
 def draw_picture(seed: int) -> tuple[Image.Image, Placed]:
     """A picture of one shape, and where that is."""
     random = np.random.default_rng((1, seed))
-    shape = SHAPES[random.integers(len(SHAPES))]
+    colour, shape = CLASSES[random.integers(len(CLASSES))].split()
     radius = random.uniform(10, 18)
     x, y = random.uniform(radius * 0.8, SIZE - radius * 0.8, 2)
-    colour = list(COLOURS)[random.integers(len(COLOURS))]
     placed = Placed(shape, colour, float(x), float(y), float(radius), float(random.uniform(-0.4, 0.4)))
     return _render(random, [placed], int(random.integers(3)), float(random.uniform(3, 20))), placed
+
+
+def class_of(placed: Placed) -> int:
+    """The shape's place in `CLASSES`."""
+    return CLASSES.index(f"{placed.colour} {placed.shape}")
 
 
 def draw_scene(seed: int) -> tuple[Image.Image, list[Placed]]:
     """A picture of one to three shapes of different kinds and colours, and where they are."""
     random = np.random.default_rng((2, seed))
     count = int(random.integers(1, len(COUNTS) + 1))
-    kinds = random.permutation(len(VQA_SHAPES))[:count]
-    colours = random.permutation(len(COLOURS))[:count]
+    kinds = random.permutation(len(SHAPES))[:count]
+    colours = random.permutation(6)[:count]
     columns = random.permutation(3)[:count]  # each shape in a third of its own, so that left and right are plain
     shapes = []
     for kind, colour, column in zip(kinds, colours, columns, strict=True):
@@ -167,7 +151,7 @@ def draw_scene(seed: int) -> tuple[Image.Image, list[Placed]]:
         x = float((column + 0.5) * SIZE / 3 + random.uniform(-1.5, 1.5))
         y = float(random.uniform(radius, SIZE - radius))
         turn = float(random.uniform(-0.4, 0.4))
-        shapes.append(Placed(VQA_SHAPES[kind], list(COLOURS)[colour], x, y, radius, turn))
+        shapes.append(Placed(SHAPES[kind], list(COLOURS)[colour], x, y, radius, turn))
     return _render(random, shapes, int(random.integers(2)), float(random.uniform(2, 14))), shapes
 
 
@@ -194,10 +178,10 @@ def seeds(train: bool, count: int, start: int = 0) -> range:
 
 
 def pictures(train: bool, count: int, start: int = 0) -> Iterator[tuple[Image.Image, int]]:
-    """`count` pictures of one part with their classes, places in `SHAPES`."""
+    """`count` pictures of one part with their classes, places in `CLASSES`."""
     for seed in seeds(train, count, start):
         image, placed = draw_picture(seed)
-        yield image, SHAPES.index(placed.shape)
+        yield image, class_of(placed)
 
 
 def questions(train: bool, count: int, start: int = 0) -> Iterator[tuple[Image.Image, Question]]:
