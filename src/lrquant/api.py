@@ -163,6 +163,13 @@ def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructi
         block = model.get_submodule(path)
         inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat_inputs_within(result, path))
         install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
+    if recipe.scheme.inputs is not None:
+        linears = {name: model.get_submodule(name) for name in result.outside.weights}
+        schemes = {
+            module: recipe.scheme.for_linear(module.in_features, name in result.outside.flat).input_activations
+            for name, module in linears.items()
+        }
+        install(schemes, (), None)
 
 
 def _notes(recipe: Recipe, result: Reconstruction) -> list[str]:

@@ -13,7 +13,7 @@ def auto_model(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    known = {
+    known: dict[str, Any] = {
         "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "AutoModelForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,

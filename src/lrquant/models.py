@@ -104,11 +104,11 @@ def _packed_weights_need_no_start() -> Iterator[None]:
         if all(hasattr(linear, "weight") for linear in linears):
             ordinary(self, module, *args)
 
-    PreTrainedModel._initialize_weights = tolerant
+    PreTrainedModel._initialize_weights = tolerant  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        PreTrainedModel._initialize_weights = ordinary
+        PreTrainedModel._initialize_weights = ordinary  # type: ignore[method-assign]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

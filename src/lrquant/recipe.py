@@ -30,6 +30,10 @@ class Recipe(BaseModel):
         None, description="Towers of a multimodal model to quantize; none: language, or the model's only tower"
     )
 
+    also: tuple[Literal["head", "projector", "patch_embedding"], ...] = Field(
+        (), description="Parts outside the blocks to round as well; otherwise they stay as they are"
+    )
+
     # The number format.
     wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
     abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")

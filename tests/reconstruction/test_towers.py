@@ -10,6 +10,7 @@ from lrquant.api import _keep_activations_quantized
 from lrquant.architectures import family_of
 from lrquant.calibration.capture import capture
 from lrquant.checkpoints import load, save
+from lrquant.errors import UsageError
 from lrquant.modality import auto_model, modality_of
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import Reconstruction, reconstruct
@@ -82,15 +83,16 @@ def test_the_second_tower_learns_from_what_the_quantized_first_produces(monkeypa
     captured = []
 
     def remembering(*args: Any) -> Any:
-        captured.append(capture(*args))
-        return captured[-1]
+        inputs = capture(*args)
+        captured.append([hidden.clone() for hidden in inputs.hidden])  # the streams are overwritten as they advance
+        return inputs
 
     monkeypatch.setattr(engine, "capture", remembering)
     model, _, _ = quantized("llava", method="rtn", wbits=4, abits=4, towers=("vision", "language"))
     _, full_precision, behind_quantized = captured
     language = family_of(model).stages(model)[0]
     now = capture(model, language.blocks(model), inputs_of("llava", 3, dtype=torch.float32))
-    for one, other, end in zip(full_precision.hidden, behind_quantized.hidden, now.hidden, strict=True):
+    for one, other, end in zip(full_precision, behind_quantized, now.hidden, strict=True):
         assert not torch.equal(one, other)
         torch.testing.assert_close(other, end, rtol=0, atol=0)
 
@@ -107,3 +109,32 @@ def test_the_stage_behind_a_merging_starts_where_the_model_says() -> None:
     handle.remove()
     (hidden,) = capture(model, second.blocks(model), [inputs]).hidden
     torch.testing.assert_close(hidden, seen[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "also", "packed"),
+    [
+        ("vit", ("head", "patch_embedding"), {"classifier"}),
+        ("deit-distilled", ("head",), {"cls_classifier", "distillation_classifier"}),
+        ("llava", ("projector", "head"), {f"model.multi_modal_projector.linear_{n}" for n in (1, 2)} | {"lm_head"}),
+        ("qwen2-vl", ("projector",), {f"model.visual.merger.mlp.{n}" for n in (0, 2)}),
+    ],
+)
+def test_parts_outside_the_blocks_are_rounded_when_chosen(
+    name: str, also: Any, packed: set[str], tmp_path: Path
+) -> None:
+    model, result, recipe = quantized(name, method="rtn", wbits=4, abits=4, also=also)
+    assert set(result.outside.weights) == packed
+    if "patch_embedding" in also:
+        embedding = model.get_submodule("vit.embeddings.patch_embeddings.projection").weight
+        assert all(len(row.unique()) <= 16 for row in embedding.flatten(1))  # four bits
+    save(tmp_path / "saved", model, None, result, recipe, torch.float32, "original")
+    loaded = load(str(tmp_path / "saved"))
+    (inputs,) = inputs_of(name, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(output_of(loaded, inputs), output_of(model, inputs), rtol=0, atol=0)
+
+
+def test_a_part_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match="projector"):
+        quantized("vit", method="rtn", also=("projector",))

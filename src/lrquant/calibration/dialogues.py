@@ -49,7 +49,7 @@ def dialogues(source: str, train: bool, limit: int | None, seed: int = 0) -> lis
         count = limit or 1000
         start = seed * count if train else 0
         return [
-            Dialogue(lambda image=image: image, (("user", asked.question), ("assistant", asked.answer)))
+            Dialogue(image.copy, (("user", asked.question), ("assistant", asked.answer)))
             for image, asked in shapes.questions(train, count, start)
         ]
     path = Path(source)
@@ -114,7 +114,7 @@ def prompt(processor: Any, turns: tuple[Turn, ...], answer_next: bool) -> str:
 
 def dialogue_inputs(processor: Any, image: Image.Image, text: str) -> dict[str, Any]:
     """Keyword arguments of a call with one picture and its text."""
-    begin = getattr(processor.tokenizer, "bos_token", None)
+    begin = getattr(processor.tokenizer, "bos_token", None) or ""
     written = bool(begin) and text.startswith(begin)  # templates that write it, tokenizers that add it
     inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=not written)
     return dict(inputs)

@@ -6,6 +6,7 @@ becomes RGB: 16-bit greys keep their range, transparency is laid on white, camer
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,7 @@ def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Pictur
     if source == ZOO_PICTURES:
         start = seed * limit if train else 0  # other seeds draw other pictures
         return [
-            Picture(
-                lambda number=number: shapes.draw_picture(number)[0], shapes.class_of(shapes.draw_picture(number)[1])
-            )
+            Picture(partial(_drawn, number), shapes.class_of(shapes.draw_picture(number)[1]))
             for number in shapes.seeds(train, limit, start)
         ]
     path = Path(source)
@@ -86,13 +85,17 @@ def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Pictur
     return _on_hub(source, train, limit, seed)
 
 
+def _drawn(seed: int) -> Image.Image:
+    return shapes.draw_picture(seed)[0]
+
+
 def _in_folder(path: Path) -> Iterator[Picture]:
     """Files in the order of their names; one in a subfolder has the subfolder's name as its class."""
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise UsageError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
     for file in files:
-        yield Picture(lambda file=file: open_picture(file), file.parent.name if file.parent != path else None)
+        yield Picture(partial(open_picture, file), file.parent.name if file.parent != path else None)
 
 
 def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
@@ -122,7 +125,7 @@ def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
         ) from error
     if not taken:
         raise UsageError(f"data set {name!r}: no picture in it")
-    return [Picture(lambda row=row: as_rgb(row[image]), row[label] if label else None) for row in taken]
+    return [Picture(partial(as_rgb, row[image]), row[label] if label else None) for row in taken]
 
 
 def image_samples(processor: Any, source: str, nsamples: int, seed: int) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     ordinary.targets = ["Linear"]
     groups = {"group_0": ordinary}
     flat_inputs = {_any_block(name, result.block_paths): name for name in sorted(result.flat_inputs)}
+    flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
     for pattern, name in flat_inputs.items() if scheme.inputs else ():
         flat = scheme.for_linear(linears[name].in_features, flat_input=True)
         flat.targets = [pattern]
@@ -64,7 +65,7 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
-        ignore=[name for name in linears if not name.startswith(inside)],
+        ignore=[name for name in linears if not name.startswith(inside) and name not in result.outside.weights],
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     data["version"] = compressed_tensors.__version__
@@ -90,6 +91,9 @@ def checkpoint_tensors(
     inside = tuple(f"{path}." for path in result.block_paths)
     rest: Mapping[str, Tensor] = model.state_dict()
     tensors = {name: _stored(tensor, storage_dtype) for name, tensor in rest.items() if not name.startswith(inside)}
+    for name in result.outside.weights:
+        del tensors[f"{name}.weight"]
+    tensors |= pack_block(FrozenBlock(result.outside.weights, {}), scheme, storage_dtype)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
     for prefix, frozen in zip(inside, result.frozen, strict=True):

@@ -78,12 +78,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
 def measure_sizes(model: nn.Module, result: Reconstruction, tensors: dict[str, torch.Tensor]) -> Sizes:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     quantized = bits = 0
+    weights = dict(result.outside.weights)
     for path, frozen in zip(result.block_paths, result.frozen, strict=True):
-        for linear, weight in frozen.weights.items():
-            quantized += weight.integers.numel()
-            prefix = f"{path}.{linear}.weight"
-            parts = (tensors.get(prefix + part) for part in ("", "_packed", "_scale", "_zero_point"))
-            bits += 8 * sum(part.nbytes for part in parts if part is not None)
+        weights |= {f"{path}.{linear}": weight for linear, weight in frozen.weights.items()}
+    for linear, weight in weights.items():
+        quantized += weight.integers.numel()
+        parts = (tensors.get(f"{linear}.weight{part}") for part in ("", "_packed", "_scale", "_zero_point"))
+        bits += 8 * sum(part.nbytes for part in parts if part is not None)
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Sizes(total, 2 * parameters, bits / quantized if quantized else 16.0)
 

@@ -64,6 +64,14 @@ def quantize(
             show_default="language",
         ),
     ] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Parts outside the blocks to round too: head, projector, patch_embedding.",
+            show_default="none",
+        ),
+    ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples.", show_default="128")] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's most")
@@ -107,6 +115,7 @@ def quantize(
         "symmetric": symmetric,
         "calibration": calib,
         "towers": towers and tuple(towers.split(",")),
+        "also": also and tuple(also.split(",")),
         "nsamples": nsamples,
         "seqlen": seqlen,
         "epochs": epochs,

@@ -30,6 +30,7 @@ from lrquant.errors import LrquantError, UsageError
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.learning import Forward, Learnables, learn
+from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
     BlockParameters,
     FrozenBlock,
@@ -58,6 +59,7 @@ class Reconstruction:
     flat_inputs: set[str] = field(default_factory=set)  # linears (full names) that see (tokens, width)
     added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
     attention_quantized: bool = False
+    outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
 
 
 def reconstruct(
@@ -76,6 +78,9 @@ def reconstruct(
     paths = [f"{stage.path}.{index}" for stage, index in places]
     for stage in stages:
         check_group_size(stage.blocks(model)[0], recipe.group_size)
+    for name, module in chosen_modules(model, recipe.also).items():
+        if isinstance(module, nn.Linear):
+            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.group_size)
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
     result = Reconstruction(paths, attention_quantized=attention_args is not None)
@@ -143,6 +148,7 @@ def reconstruct(
         result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
         result.records.append(record)
         watcher.block_done(record)
+    result.outside = round_outside(model, recipe, samples[0], storage_dtype)
     return result
 
 

@@ -100,7 +100,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(PICTURE),
+        image_token_index=tokenizer.convert_tokens_to_ids([PICTURE])[0],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         tie_word_embeddings=True,
@@ -135,7 +135,7 @@ class Encoder:
         labels: list[int] = []
         for turn, question in enumerate(asked):
             if turn == 0:
-                picture = self.tokenizer.convert_tokens_to_ids([PICTURE]) * IMAGE_TOKENS
+                picture = self(PICTURE) * IMAGE_TOKENS
                 prompt = self("USER: ") + picture + self(f"\n{question.question}")
             else:
                 prompt = self(f"USER: {question.question}")
@@ -202,7 +202,7 @@ def train_tower(model: LlavaForConditionalGeneration, steps: int, batch_size: in
     tower.requires_grad_(False)
 
 
-def descend(loss: Tensor, learned: list[Tensor], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+def descend(loss: Tensor, learned: Sequence[Tensor], optimizer: torch.optim.Optimizer, schedule: Any) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(learned, 1.0)
     optimizer.step()

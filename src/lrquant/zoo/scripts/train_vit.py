@@ -58,7 +58,6 @@ def main(
         num_hidden_layers=4,
         num_attention_heads=3,
         intermediate_size=192,
-        num_labels=len(CLASSES),
         id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
     )
