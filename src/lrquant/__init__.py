@@ -20,6 +20,7 @@ from lrquant._registration import register_configuration, register_quantizer
 if TYPE_CHECKING:
     from lrquant.adaptation import Adapted, adapt
     from lrquant.api import Quantized, evaluate, quantize
+    from lrquant.api_vision import evaluate_answers, evaluate_images
     from lrquant.checkpoints import load
     from lrquant.errors import LrquantError, UsageError
     from lrquant.recipe import Recipe
@@ -31,6 +32,8 @@ _HOME = {
     "Adapted": "lrquant.adaptation",
     "quantize": "lrquant.api",
     "evaluate": "lrquant.api",
+    "evaluate_answers": "lrquant.api_vision",
+    "evaluate_images": "lrquant.api_vision",
     "Quantized": "lrquant.api",
     "load": "lrquant.checkpoints",
     "Recipe": "lrquant.recipe",
@@ -38,7 +41,19 @@ _HOME = {
     "UsageError": "lrquant.errors",
 }
 
-__all__ = ["Adapted", "LrquantError", "Quantized", "Recipe", "UsageError", "adapt", "evaluate", "load", "quantize"]
+__all__ = [
+    "Adapted",
+    "LrquantError",
+    "Quantized",
+    "Recipe",
+    "UsageError",
+    "adapt",
+    "evaluate",
+    "evaluate_answers",
+    "evaluate_images",
+    "load",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

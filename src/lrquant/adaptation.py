@@ -100,7 +100,9 @@ def adapt(
     if getattr(original.config, "quantization_config", None):
         raise UsageError(f"{reference}: is quantized itself; the reference is the full-precision original")
     family = family_of(original)
-    present = block_parameters(load(str(source), dtype, trust_remote_code), original, family.blocks)
+    stages = family.stages(original, recipe.towers)
+    paths = [f"{stage.path}.{index}" for stage in stages for index in range(len(stage.blocks(original)))]
+    present = block_parameters(load(str(source), dtype, trust_remote_code), original, paths)
     chosen = parse_blocks(blocks, len(present))
     if isinstance(data, str):
         seqlen = window(original.config, seqlen or recipe.seqlen)
@@ -133,7 +135,7 @@ def adapt(
     )
     better = [record.index for record in result.records if record.outcome != "kept present"]
     tensors = {
-        f"{family.blocks}.{index}.{name}": tensor
+        f"{paths[index]}.{name}": tensor
         for index, frozen in zip(better, result.frozen, strict=True)
         for name, tensor in pack_block(frozen, recipe.stored_scheme, storage_dtype).items()
     }
@@ -167,14 +169,14 @@ def adaptation_samples(tokenizer: Any, data: str, seqlen: int, most: int) -> lis
     return list(rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()])
 
 
-def block_parameters(model: nn.Module, original: nn.Module, path: str) -> list[Mapping[str, Tensor]]:
+def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]) -> list[Mapping[str, Tensor]]:
     """Each block's dequantized parameters under the names that `original`'s block gives them, and added biases.
 
     Raises:
         UsageError: `original` is not what `model` was made from.
     """
     try:
-        pairs = list(zip(model.get_submodule(path), original.get_submodule(path), strict=True))  # type: ignore[call-overload]
+        pairs = [(model.get_submodule(path), original.get_submodule(path)) for path in paths]
         result: list[Mapping[str, Tensor]] = []
         for ours, theirs in pairs:
             state, shapes = ours.state_dict(), {name: value.shape for name, value in theirs.named_parameters()}

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lrquant.architectures import Family, family_of
-from lrquant.calibration.text import calibration_samples, evaluation_ids, text_name
+from lrquant.architectures import Family, MultimodalFamily, family_of
+from lrquant.calibration.samples import samples_of
+from lrquant.calibration.text import evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, check_save_dir, load, save
 from lrquant.checkpoints.packing import checkpoint_tensors
 from lrquant.checkpoints.saving import measure_sizes
@@ -17,10 +18,11 @@ from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
+from lrquant.modality import load_processor, modality_of
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
-from lrquant.reconstruction.engine import linear_input_args
+from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
 from lrquant.reconstruction.learning import Learnables
 from lrquant.transforms.statistics import ChannelStatistics
 from lrquant.watching import Watcher
@@ -31,7 +33,7 @@ class Quantized:
     """A quantized model in memory, and how it came about."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: Any  # an image model's processor, a multimodal model's processor
     recipe: Recipe
     result: Reconstruction
     sizes: Sizes
@@ -57,16 +59,16 @@ def quantize(
     start_from: Sequence[Learnables] | None = None,
     trust_remote_code: bool = False,
 ) -> Quantized:
-    """Quantize a causal language model, block by block, and save it when `save_dir` is given.
+    """Quantize a language, vision or multimodal model, block by block, and save it when `save_dir` is given.
 
     >>> lrquant.quantize("zoo:llama", lrquant.Recipe.preset("lrquant", wbits=4, abits=4,
     ...                  calibration="zoo:pydoc", nsamples=32, seqlen=256), save_dir="llama-w4a4")
 
     Args:
         model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model, which is changed in
-            place (then give its `tokenizer`, unless `calibration` is token ids).
+            place (then give its `tokenizer` or processor, unless `calibration` is token ids).
         recipe: a `Recipe` or a preset's name.
-        calibration: text by name or path, or token ids, (1, tokens) each; None: the recipe's.
+        calibration: text, pictures or dialogues by name or path, or token ids, (1, tokens) each; None: the recipe's.
         statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
         start_from: learned parameters of an earlier run (`Quantized.result.learned`), one mapping per block, in place
             of the initial transformation; with `epochs` 0 they are used as they are.
@@ -84,8 +86,8 @@ def quantize(
     dtype = compute_dtype(recipe.dtype, on)
     if isinstance(model_or_path, str | Path):
         base = str(model_or_path)
-        tokenizer = tokenizer or load_tokenizer(base, trust_remote_code)
         model = load_model(base, dtype, trust_remote_code)
+        tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
         storage_dtype = stored_dtype(base, trust_remote_code)
     else:
         model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
@@ -95,14 +97,13 @@ def quantize(
     family = family_of(model)
     if calibration is None or isinstance(calibration, str):
         if tokenizer is None:
-            raise UsageError("a model in memory needs its tokenizer, or token ids as calibration")
-        seqlen = window(model.config, recipe.seqlen)
-        recipe = recipe.changed(seqlen=seqlen)
-        ids = calibration_samples(tokenizer, recipe.calibration, recipe.nsamples, seqlen, recipe.seed)
+            raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")
+        samples, recipe = samples_of(
+            modality_of(model), tokenizer, recipe, lambda seqlen: window(model.config.get_text_config(), seqlen)
+        )
     else:
-        ids = list(calibration)
-        recipe = recipe.changed(nsamples=len(ids), calibration="token ids given in memory")
-    samples = [{"input_ids": row, "use_cache": False} for row in ids]
+        samples = [{"input_ids": row, "use_cache": False} for row in calibration]
+        recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
     result = reconstruct(
         model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), statistics, start_from
     )
@@ -152,16 +153,23 @@ def evaluate(
 
 def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstruction) -> None:
     """Leave `model` computing as its checkpoint will."""
-    blocks = model.get_submodule(result.blocks_path)
-    for block in blocks:
-        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, result.flat_inputs)
+    for path in result.block_paths:
+        block = model.get_submodule(path)
+        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat_inputs_within(result, path))
         install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
+    if recipe.scheme.inputs is not None:
+        linears = {name: model.get_submodule(name) for name in result.outside.weights}
+        schemes = {
+            module: recipe.scheme.for_linear(module.in_features, name in result.outside.flat).input_activations
+            for name, module in linears.items()
+        }
+        install(schemes, (), None)
 
 
-def _notes(family: Family, recipe: Recipe, result: Reconstruction) -> list[str]:
+def _notes(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruction) -> list[str]:
     """What a user should know of this result besides its numbers."""
     notes = []
-    if not family.known:
+    if isinstance(family, Family) and not family.known:
         notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")

@@ -28,6 +28,14 @@ class Recipe(BaseModel):
 
     method: str = Field("lrquant", description="The preset this recipe started from")
 
+    towers: tuple[Literal["vision", "language"], ...] | None = Field(
+        None, description="Towers of a multimodal model to quantize; none: language, or the model's only tower"
+    )
+
+    also: tuple[Literal["head", "projector", "patch_embedding"], ...] = Field(
+        (), description="Parts outside the blocks to round as well; otherwise they stay as they are"
+    )
+
     # The number format.
     wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
     abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
@@ -148,7 +156,7 @@ class Recipe(BaseModel):
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML text, also written to `path` when given."""
-        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         if path is not None:
             Path(path).write_text(text)
         return text

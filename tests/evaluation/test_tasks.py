@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import write_tiny
 
 from lrquant.errors import UsageError
 from lrquant.evaluation import check_tasks, run_tasks
 from lrquant.models import load_model, load_tokenizer
 from lrquant.zoo.corpus import documents
 from lrquant.zoo.tasks.cloze import ANSWER_WORDS, CHOICES, CONTEXT_WORDS, items
+from tests.tiny import write_tiny
 
 pytest.importorskip("lm_eval")
 

@@ -6,6 +6,7 @@ embeddings and whatever else its family passes along, per block (Gemma's local a
 and the pass costs an embedding. Nothing here knows any family.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,19 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
+def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """(hidden states, every other argument by name) of a call of `forward`, however it was written."""
+    bound = inspect.signature(forward).bind(*args, **kwargs)
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    hidden = named.pop(next(iter(bound.signature.parameters)))
+    return hidden, named
+
+
 @contextmanager
 def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
     """Within, block i answers a call with `record(i, block's own forward, hidden, arguments)`."""
@@ -83,10 +97,8 @@ def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
             original = originals[index]
 
             def recorder(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
-                hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-                if rest:
-                    raise TypeError(f"a block takes {len(rest)} positional arguments besides its hidden states")
-                return record(_index, _original, hidden, kwargs)
+                hidden, named = _by_name(_original, args, kwargs)
+                return record(_index, _original, hidden, named)
 
             block.forward = recorder  # type: ignore[method-assign]
         yield
@@ -100,17 +112,19 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dic
     """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one)."""
     hidden: list[Tensor] = []
     arguments: list[list[dict[str, Any]]] = [[] for _ in blocks]
-    returns_tuple: bool | None = None
+    behind: tuple[Any, ...] | None = None  # what a block returns behind its hidden states; None: no tuple
+    asked = False
 
     def record(index: int, original: Any, states: Tensor, kwargs: dict[str, Any]) -> Any:
-        nonlocal returns_tuple
+        nonlocal behind, asked
         kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "layer_past")}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if index == 0:
             hidden.append(states.clone())
-            if returns_tuple is None:  # asked of the first block once: some families wrap what they return
-                returns_tuple = isinstance(original(states, **kwargs), tuple)
+            if not asked:  # of the first block, once: some families wrap what they return
+                output = original(states, **kwargs)
+                behind, asked = output[1:] if isinstance(output, tuple) else None, True
         known = arguments[index]
         if len(hidden) == 1:
             known.append(kwargs)
@@ -119,7 +133,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dic
             known.append(kwargs)
         if index == len(blocks) - 1:
             raise _Enough
-        return (states,) if returns_tuple else states
+        return states if behind is None else (states, *behind)
 
     with _recording(blocks, record):
         for sample in samples:

@@ -34,10 +34,12 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 """
 
 
-def model_card(base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction) -> str:
-    """Markdown with YAML metadata."""
+def model_card(
+    base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction, auto: str
+) -> str:
+    """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
     own = bool(result.added_biases)
-    loading = 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("PATH")'
+    loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     if own:
         loading = "import lrquant  # teaches transformers the biases that this checkpoint adds\n" + loading
     attention = ""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lrquant.architectures import family_of
 from lrquant.checkpoints.saving import RECIPE_FILE
@@ -26,8 +25,8 @@ def apply_attention_quantization(model: Any, recipe: Recipe) -> bool:
     args = recipe.scheme.attention
     if args is None or not route_attention(model):
         return False
-    blocks: nn.Module = model.get_submodule(family_of(model).blocks)
-    install({}, blocks.modules(), args)
+    for stage in family_of(model).stages(model, recipe.towers):
+        install({}, model.get_submodule(stage.path).modules(), args)
     return True
 
 

@@ -1,7 +1,7 @@
 """Frozen blocks as compressed-tensors: tensors under their checkpoint names, and the configuration that reads them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import compressed_tensors
@@ -44,15 +44,16 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     Linears whose input is flat, (tokens, width), get a group of their own (see formats.schemes). A
     model that got biases for its shifts is marked with lrquant's own method and lists them.
     """
-    inside = f"{result.blocks_path}."
+    inside = tuple(f"{path}." for path in result.block_paths)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     ordinary = scheme.for_linear(0, flat_input=False)
     ordinary.targets = ["Linear"]
     groups = {"group_0": ordinary}
-    for name in sorted(result.flat_inputs) if scheme.inputs else ():
-        module = model.get_submodule(f"{inside}0.{name}")
-        flat = scheme.for_linear(module.in_features, flat_input=True)  # type: ignore[arg-type]
-        flat.targets = [rf"re:.*\.{re.escape(name)}$"]
+    flat_inputs = {_any_block(name, result.block_paths): name for name in sorted(result.flat_inputs)}
+    flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
+    for pattern, name in flat_inputs.items() if scheme.inputs else ():
+        flat = scheme.for_linear(linears[name].in_features, flat_input=True)
+        flat.targets = [pattern]
         groups[f"group_{len(groups)}"] = flat
     stored = storage_format(scheme)
     packed = stored is not CompressionFormat.dense
@@ -64,7 +65,7 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         config_groups=groups,
         format=stored.value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
-        ignore=[name for name in linears if not name.startswith(inside)],
+        ignore=[name for name in linears if not name.startswith(inside) and name not in result.outside.weights],
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     data["version"] = compressed_tensors.__version__
@@ -76,17 +77,26 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     return data
 
 
+def _any_block(linear: str, block_paths: Sequence[str]) -> str:
+    """A pattern for `linear` in whichever block of its list."""
+    path = next(path for path in block_paths if linear.startswith(f"{path}."))
+    blocks = path.rpartition(".")[0]
+    return rf"re:.*{re.escape(blocks)}\.\d+{re.escape(linear.removeprefix(path))}$"
+
+
 def checkpoint_tensors(
     model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its full name: packed blocks, and the rest in `storage_dtype`."""
-    inside = f"{result.blocks_path}."
+    inside = tuple(f"{path}." for path in result.block_paths)
     rest: Mapping[str, Tensor] = model.state_dict()
     tensors = {name: _stored(tensor, storage_dtype) for name, tensor in rest.items() if not name.startswith(inside)}
+    for name in result.outside.weights:
+        del tensors[f"{name}.weight"]
+    tensors |= pack_block(FrozenBlock(result.outside.weights, {}), scheme, storage_dtype)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    for index, frozen in enumerate(result.frozen):
-        prefix = f"{inside}{index}."
+    for prefix, frozen in zip(inside, result.frozen, strict=True):
         packed = pack_block(frozen, scheme, storage_dtype)
         tensors |= {prefix + name: tensor for name, tensor in packed.items()}
         for name, tensor in rest.items():  # buffers of the block

@@ -17,6 +17,7 @@ from lrquant._registration import BASE_MODEL_TYPE, OWN_METHOD, OWN_MODEL_TYPE
 from lrquant.checkpoints.card import model_card
 from lrquant.checkpoints.packing import checkpoint_tensors, quantization_config
 from lrquant.errors import LrquantError, UsageError
+from lrquant.modality import auto_model
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import Reconstruction
 
@@ -77,12 +78,13 @@ def whole_directory(target: Path) -> Iterator[Path]:
 def measure_sizes(model: nn.Module, result: Reconstruction, tensors: dict[str, torch.Tensor]) -> Sizes:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     quantized = bits = 0
-    for index, frozen in enumerate(result.frozen):
-        for linear, weight in frozen.weights.items():
-            quantized += weight.integers.numel()
-            prefix = f"{result.blocks_path}.{index}.{linear}.weight"
-            parts = (tensors.get(prefix + part) for part in ("", "_packed", "_scale", "_zero_point"))
-            bits += 8 * sum(part.nbytes for part in parts if part is not None)
+    weights = dict(result.outside.weights)
+    for path, frozen in zip(result.block_paths, result.frozen, strict=True):
+        weights |= {f"{path}.{linear}": weight for linear, weight in frozen.weights.items()}
+    for linear, weight in weights.items():
+        quantized += weight.integers.numel()
+        parts = (tensors.get(f"{linear}.weight{part}") for part in ("", "_packed", "_scale", "_zero_point"))
+        bits += 8 * sum(part.nbytes for part in parts if part is not None)
     total = sum(tensor.nbytes for tensor in tensors.values())
     return Sizes(total, 2 * parameters, bits / quantized if quantized else 16.0)
 
@@ -106,7 +108,9 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         recipe.to_yaml(folder / RECIPE_FILE)
-        (folder / "README.md").write_text(model_card(base_model, recipe, sizes, config, result))
+        (folder / "README.md").write_text(
+            model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+        )
     return sizes
 
 

@@ -25,14 +25,20 @@ PROMPT = "The for statement is used to"
 
 
 def demo(
+    model: Annotated[str, typer.Option(help="zoo:llama, zoo:vit or zoo:llava.")] = MODEL,
     save_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the LRQuant checkpoint here.", show_default="not kept")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the calibration samples.")] = 0,
     json: JsonFile = None,
 ) -> None:
-    """Quantize the bundled Llama to W4A4 with every method and compare them on held-out text."""
+    """Quantize a bundled model to W4A4 with every method and compare them on held-out text or pictures."""
     console.check_json_path(json)
+    if model != MODEL:
+        from lrquant.cli.demo_vision import demo_vision
+
+        demo_vision(model, save_dir, seed, json)
+        return
 
     from lrquant.api import evaluate, quantize
     from lrquant.recipe import Recipe

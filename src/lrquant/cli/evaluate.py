@@ -1,7 +1,7 @@
 """`lrquant eval`: how good a model is, quantized or not."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,18 +22,36 @@ def evaluate(
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Only so many windows.")] = None,
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Pictures: zoo:shapes, a folder with one subfolder per class, the hub."),
+    ] = None,
+    vqa: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|PATH", help="Questions about pictures: zoo:shapes-vqa, or a .jsonl file."),
+    ] = None,
     limit: Limit = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
     json: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure MODEL's perplexity on texts, and lm-eval's tasks."""
-    if not ppl and not tasks:
+    """Measure MODEL: perplexity on texts, lm-eval's tasks, accuracy on pictures, answers about pictures."""
+    if not (ppl or tasks or images or vqa):
         raise UsageError(
-            "nothing to measure: name a text, for example --ppl wikitext2 or --ppl zoo:pydoc, or tasks, --tasks piqa"
+            "nothing to measure: name a text with --ppl (wikitext2, zoo:pydoc), tasks with --tasks (piqa), "
+            "pictures with --images (zoo:shapes), or questions with --vqa (zoo:shapes-vqa)"
         )
     console.check_json_path(json)
+    figures: dict[str, Any] = {"model": model}
+    if images or vqa:
+        from lrquant.cli.seeing import measure_vision
+
+        how = {"device": device, "dtype": dtype.value, "trust_remote_code": trust_remote_code}
+        figures |= measure_vision(model, images or [], vqa or [], limit, **how)
+    if not (ppl or tasks):
+        console.write_json(json, figures)
+        return
 
     from lrquant.api import evaluate as measure
     from lrquant.checkpoints import load
@@ -57,7 +75,7 @@ def evaluate(
     console.write_json(
         json,
         {
-            "model": model,
+            **figures,
             "seconds": seconds,
             "perplexity": {name: result.value for name, result in measured.items()},
             "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},

@@ -77,7 +77,27 @@ def quantize(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weight grids.")] = None,
     calib: Annotated[
         str | None,
-        typer.Option(metavar="NAME|PATH", help="wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder."),
+        typer.Option(
+            metavar="NAME|PATH",
+            help="wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder; for models that see, a folder of "
+            "pictures, zoo:shapes or a data set on the hub, a .jsonl file of pictures with text, zoo:shapes-vqa.",
+        ),
+    ] = None,
+    towers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Towers of a multimodal model: language, vision, or both with a comma between.",
+            show_default="language",
+        ),
+    ] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Parts outside the blocks to round too: head, projector, patch_embedding.",
+            show_default="none",
+        ),
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration samples.", show_default="128")] = None,
     seqlen: Annotated[
@@ -148,6 +168,8 @@ def quantize(
         "group_size": group_size,
         "symmetric": symmetric,
         "calibration": calib,
+        "towers": towers and tuple(towers.split(",")),
+        "also": also and tuple(also.split(",")),
         "nsamples": nsamples,
         "seqlen": seqlen,
         "epochs": epochs,

@@ -1,6 +1,18 @@
-"""How good a model is: perplexity on text, and lm-eval's tasks."""
+"""How good a model is: perplexity, lm-eval's tasks, accuracy on pictures, answers to questions about them."""
 
+from lrquant.evaluation.answers import AnswerQuality, answer_quality
+from lrquant.evaluation.images import ImageAccuracy, image_accuracy
 from lrquant.evaluation.perplexity import Perplexity, perplexity
 from lrquant.evaluation.tasks import TaskResults, check_tasks, run_tasks
 
-__all__ = ["Perplexity", "TaskResults", "check_tasks", "perplexity", "run_tasks"]
+__all__ = [
+    "AnswerQuality",
+    "ImageAccuracy",
+    "Perplexity",
+    "TaskResults",
+    "answer_quality",
+    "check_tasks",
+    "image_accuracy",
+    "perplexity",
+    "run_tasks",
+]

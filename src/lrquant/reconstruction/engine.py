@@ -7,11 +7,15 @@
 
 The activation store holds both streams once (a third time per block for the two-branch loss); a stream
 is overwritten sample by sample as it advances.
+
+A model with several stages (Swin's resolutions, the towers of a multimodal model) goes through the loop stage
+by stage. What enters a later stage is found by running everything before it: once in full precision before
+anything is changed, which starts x, and once with the earlier stages quantized, which starts x̂.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +24,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lrquant.architectures import Family
+from lrquant.architectures import Family, MultimodalFamily, Stage
 from lrquant.calibration.capture import BlockInputs, capture
 from lrquant.errors import LrquantError, UsageError
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.learning import Forward, Learnables, learn, or_present
+from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
     BlockParameters,
     FrozenBlock,
@@ -46,14 +51,15 @@ from lrquant.watching import Watcher
 class Reconstruction:
     """What the engine leaves behind besides the model, whose blocks now hold the quantized values."""
 
-    blocks_path: str
+    block_paths: list[str]  # in the order that data flows
     frozen: list[FrozenBlock] = field(default_factory=list)
     learned: list[Learnables] = field(default_factory=list)
     statistics: list[dict[str, ChannelStatistics]] = field(default_factory=list)
     records: list[BlockRecord] = field(default_factory=list)
-    flat_inputs: set[str] = field(default_factory=set)  # linears (names within a block) that see (tokens, width)
+    flat_inputs: set[str] = field(default_factory=set)  # linears (full names) that see (tokens, width)
     added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
     attention_quantized: bool = False
+    outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Present:
 
 def reconstruct(
     model: nn.Module,
-    family: Family,
+    family: Family | MultimodalFamily,
     recipe: Recipe,
     samples: Sequence[dict[str, Any]],
     device: torch.device,
@@ -81,26 +87,37 @@ def reconstruct(
     `start_from` holds learnables of an earlier run, one mapping per block, to start from. With `present`, only
     some blocks are learned again: the others run as they are there, and leave no entry in the result's lists.
     """
-    blocks = list(model.get_submodule(family.blocks).children())
-    equivalences = enabled_equivalences(family, model.config, recipe)
-    check_group_size(blocks[0], recipe.group_size)
+    stages = family.stages(model, recipe.towers)
+    places = [(stage, index) for stage in stages for index in range(len(stage.blocks(model)))]
+    paths = [f"{stage.path}.{index}" for stage, index in places]
+    for stage in stages:
+        check_group_size(stage.blocks(model)[0], recipe.group_size)
+    for name, module in chosen_modules(model, recipe.also).items():
+        if isinstance(module, nn.Linear):
+            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.group_size)
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
-    result = Reconstruction(family.blocks, attention_quantized=attention_args is not None)
-    inputs = capture(model, blocks, samples)
-    target_stream = inputs.hidden
-    quantized_stream = [hidden.clone() for hidden in target_stream]
-    batch = recipe.batch_size if inputs.shared() else 1
-    watcher.started(len(blocks), recipe.epochs if recipe.learns else 0)
-    for index, block in enumerate(blocks):
+    result = Reconstruction(paths, attention_quantized=attention_args is not None)
+    inputs_of = [capture(model, stage.blocks(model), samples) for stage in stages]
+    watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
+    for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
+        block = model.get_submodule(path)
+        if index == 0:  # a stage begins
+            equivalences = enabled_equivalences(stage.equivalences, recipe)
+            inputs = inputs_of.pop(0)
+            target_stream = inputs.hidden
+            quantized_stream = [hidden.clone() for hidden in target_stream]
+            if place > 0:
+                quantized_stream = _behind_quantized(model, result, recipe, attention_args, stage, samples, place)
+            batch = recipe.batch_size if inputs.shared() else 1
         began = time.perf_counter()
-        check_finite(block, f"{family.blocks}.{index}")
+        check_finite(block, path)
         with _on_device(block, device):
             run = _Run(block, index, inputs, device, batch)
-            if present is not None and index not in present.relearned:
+            if present is not None and place not in present.relearned:
                 _, flat = run.advance_full_precision(target_stream)
-                result.flat_inputs |= flat
-                _replace(block, present.blocks[index])
+                result.flat_inputs |= {f"{path}.{name}" for name in flat}
+                _replace(block, present.blocks[place])
                 with quantized_activations(
                     block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
                 ):
@@ -109,27 +126,25 @@ def reconstruct(
             own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
             statistics, flat = run.advance_full_precision(target_stream)
             if given_statistics is not None:
-                statistics = {name: _moved(value, device) for name, value in given_statistics[index].items()}
-            result.flat_inputs |= flat
+                statistics = {name: _moved(value, device) for name, value in given_statistics[place].items()}
+            result.flat_inputs |= {f"{path}.{name}" for name in flat}
             shifted, slots = choose_shifts(block, equivalences, recipe.shift)
             start: Learnables = {}
             if recipe.let:
                 fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
                 start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
             add_bias_slots(block, slots)
-            result.added_biases += tuple(f"{family.blocks}.{index}.{name}" for name in slots)
+            result.added_biases += tuple(f"{path}.{name}" for name in slots)
             fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
             if recipe.lwc and scheme.weights:
                 start |= initial_clipping(fixed)
             if recipe.rotation and scheme.weights:
-                generator = torch.Generator().manual_seed(recipe.seed + index)
+                generator = torch.Generator().manual_seed(recipe.seed + place)
                 start |= initial_rotation(fixed, recipe.rotation_rank, generator)
             if start_from is not None:
-                if len(start_from) != len(blocks):
-                    raise UsageError(
-                        f"the saved parameters are of {len(start_from)} blocks, the model has {len(blocks)}"
-                    )
-                start = _checked_start(start, start_from[index], index, device)
+                if len(start_from) != len(paths):
+                    raise UsageError(f"saved parameters of {len(start_from)} blocks for a model of {len(paths)}")
+                start = _checked_start(start, start_from[place], place, device)
             input_args = linear_input_args(block, scheme.inputs, recipe, flat)
             with quantized_activations(block, input_args, attention_args):
                 targets = [target_stream] if own_targets is None else [target_stream, own_targets]
@@ -139,22 +154,22 @@ def reconstruct(
                     len(samples),
                     batch,
                     recipe,
-                    recipe.seed + index,
-                    lambda epoch, loss, index=index: watcher.epoch_done(index, epoch, loss),  # type: ignore[misc]
+                    recipe.seed + place,
+                    lambda epoch, loss, place=place: watcher.epoch_done(place, epoch, loss),  # type: ignore[misc]
                 )
                 if present is not None:
-                    now = run.fixed_function(present.blocks[index], quantized_stream, targets)
+                    now = run.fixed_function(present.blocks[place], quantized_stream, targets)
                     learned = or_present(learned, now, len(samples), batch, recipe)
                 frozen = freeze(fixed, learned.learnables)
                 if learned.outcome == "kept present":
                     assert present is not None
-                    _replace(block, present.blocks[index])
+                    _replace(block, present.blocks[place])
                 else:
                     _replace(block, frozen.parameters(next(block.parameters()).dtype))
                     result.frozen.append(frozen_on_cpu(frozen))
                 cosine = run.advance(quantized_stream, target_stream)
         record = BlockRecord(
-            index,
+            place,
             learned.initial_loss,
             learned.final_loss,
             learned.outcome,
@@ -167,31 +182,59 @@ def reconstruct(
         result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
         result.records.append(record)
         watcher.block_done(record)
+    result.outside = round_outside(model, recipe, samples[0], storage_dtype)
     return result
 
 
 def gather_statistics(
-    model: nn.Module, family: Family, samples: Sequence[dict[str, Any]], device: torch.device
+    model: nn.Module,
+    family: Family | MultimodalFamily,
+    samples: Sequence[dict[str, Any]],
+    device: torch.device,
 ) -> list[dict[str, ChannelStatistics]]:
     """Statistics of every block's linear inputs in full precision; nothing is quantized."""
-    blocks = list(model.get_submodule(family.blocks).children())
-    inputs = capture(model, blocks, samples)
-    stream = [hidden.clone() for hidden in inputs.hidden]
     result = []
-    for index, block in enumerate(blocks):
-        check_finite(block, f"{family.blocks}.{index}")
-        with _on_device(block, device):
-            statistics, _ = _Run(block, index, inputs, device, 1).advance_full_precision(stream)
-        result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
+    for stage in family.stages(model):
+        blocks = stage.blocks(model)
+        inputs = capture(model, blocks, samples)
+        for index, block in enumerate(blocks):
+            check_finite(block, f"{stage.path}.{index}")
+            with _on_device(block, device):
+                statistics, _ = _Run(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
+            result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
     return result
 
 
-def enabled_equivalences(family: Family, config: Any, recipe: Recipe) -> list[Equivalence]:
+def _behind_quantized(
+    model: nn.Module,
+    result: Reconstruction,
+    recipe: Recipe,
+    attention_args: QuantizationArgs | None,
+    stage: Stage,
+    samples: Sequence[dict[str, Any]],
+    done: int,
+) -> list[Tensor]:
+    """What `stage` receives from the `done` blocks quantized so far, their activations quantized too."""
+    with ExitStack() as quantized:
+        for path in result.block_paths[:done]:
+            block = model.get_submodule(path)
+            flat = flat_inputs_within(result, path)
+            inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat)
+            quantized.enter_context(quantized_activations(block, inputs, attention_args))
+        return capture(model, stage.blocks(model), samples).hidden
+
+
+def flat_inputs_within(result: Reconstruction, path: str) -> set[str]:
+    """Names, within the block at `path`, of the linears that see (tokens, width)."""
+    return {name.removeprefix(f"{path}.") for name in result.flat_inputs if name.startswith(f"{path}.")}
+
+
+def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
     """The family's transformations that the recipe switches on. Query–key scales only matter to rounded attention."""
     if not recipe.let:
         return []
     enabled = []
-    for equivalence in family.equivalences(config):
+    for equivalence in declared:
         if isinstance(equivalence, ValueToOutput) and not recipe.smooth_attention:
             continue
         if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention):

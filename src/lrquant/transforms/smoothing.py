@@ -42,11 +42,15 @@ def initial_scale(absmax: Tensor, weight_absmax: Tensor, init: str, alpha: float
 
 @dataclass(frozen=True)
 class NormToLinears:
-    """A norm whose output feeds `linears` and nothing else. `offset` is 1 where the norm multiplies by 1 + weight."""
+    """A norm whose output feeds `linears` and nothing else. `offset` is 1 where the norm multiplies by 1 + weight.
+
+    `shift` is false where zeros join the norm's output before the linears see it: they would not move along.
+    """
 
     norm: str
     linears: tuple[str, ...]
     offset: float = 0.0
+    shift: bool = True
 
     @property
     def name(self) -> str:
@@ -54,7 +58,7 @@ class NormToLinears:
 
     @property
     def bias_slots(self) -> tuple[str, ...]:
-        return (self.norm, *self.linears)
+        return (self.norm, *self.linears) if self.shift else ()
 
     def initial(
         self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float

@@ -1,0 +1,27 @@
+"""Qwen2.5-VL: Qwen2-VL with RMSNorm, a gated MLP and attention windows in the vision tower."""
+
+from typing import Any
+
+from lrquant.architectures.family import Family, MultimodalFamily, Tower
+from lrquant.architectures.qwen2_vl import LANGUAGE, attention
+from lrquant.transforms import Equivalence, NormToLinears, UpToDown
+
+
+def vision(config: Any) -> tuple[Equivalence, ...]:
+    return (
+        *attention(config, config.hidden_size),
+        NormToLinears("norm2", ("mlp.gate_proj", "mlp.up_proj")),
+        UpToDown("mlp.up_proj", "mlp.down_proj"),
+    )
+
+
+VISION = Family("qwen2_5_vl_vision", ("qwen2_5_vl_vision",), "visual.blocks", vision, tower="vision")
+
+FAMILY = MultimodalFamily(
+    "qwen2_5_vl",
+    ("qwen2_5_vl",),
+    (
+        Tower("vision", "model.visual", "vision_config", VISION),
+        Tower("language", "model.language_model", "text_config", LANGUAGE),
+    ),
+)

@@ -1,0 +1,40 @@
+"""Qwen2-VL: a vision tower with rotary positions and one projection for q, k, v, before Qwen2's language model.
+
+Multimodal rotary embedding gives the pairs of channels (j, j + half) positions in time, height or width, by
+sections of j: what it rotates together is the same pairs as ever, so scales are shared as in Qwen2.
+"""
+
+from typing import Any
+
+from lrquant.architectures.family import Family, MultimodalFamily, Tower
+from lrquant.architectures.gated_decoder import gated_decoder
+from lrquant.architectures.layouts import rope_pairs, stacked
+from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutput
+
+
+def attention(config: Any, width: int) -> tuple[Equivalence, ...]:
+    """Transformations of the vision tower's attention, which Qwen2.5-VL shares."""
+    head_dim = width // config.num_heads
+    heads = stacked(config.num_heads, 1, head_dim)
+    return (
+        NormToLinears("norm1", ("attn.qkv",)),
+        ValueToOutput("attn.qkv", "attn.proj", heads.value, heads.output),
+        QueryKey("attn.qkv", "attn.qkv", heads.query, heads.key, rope_pairs(head_dim)),
+    )
+
+
+def vision(config: Any) -> tuple[Equivalence, ...]:
+    return (*attention(config, config.embed_dim), NormToLinears("norm2", ("mlp.fc1",)))
+
+
+VISION = Family("qwen2_vl_vision", ("qwen2_vl_vision",), "visual.blocks", vision, tower="vision")
+LANGUAGE = Family("qwen2_vl_text", ("qwen2_vl_text", "qwen2_5_vl_text"), "model.layers", gated_decoder)
+
+FAMILY = MultimodalFamily(
+    "qwen2_vl",
+    ("qwen2_vl",),
+    (
+        Tower("vision", "model.visual", "vision_config", VISION),
+        Tower("language", "model.language_model", "text_config", LANGUAGE),
+    ),
+)

@@ -1,0 +1,34 @@
+"""What `lrquant eval` measures of models that see, and prints."""
+
+import time
+from typing import Any
+
+from lrquant.cli import console
+
+
+def measure_vision(
+    model: str, images: list[str], vqa: list[str], limit: int | None, **how: Any
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Accuracy on each of `images` and answers to each of `vqa`, as tables and as figures."""
+    from lrquant.api_vision import evaluate_answers, evaluate_images
+
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    if images:
+        began = time.perf_counter()
+        with console.status("Measuring accuracy"):
+            accuracy = evaluate_images(model, images, limit, **how)
+        rows = [[name, f"{100 * r.top1:.2f}", f"{100 * r.top5:.2f}", str(r.pictures)] for name, r in accuracy.items()]
+        title = f"{model}, {time.perf_counter() - began:.1f} s"
+        console.table(title, ["images", "top-1 %", "top-5 %", "pictures"], rows)
+        figures["accuracy"] = {name: vars(result) for name, result in accuracy.items()}
+    if vqa:
+        began = time.perf_counter()
+        with console.status("Asking questions"):
+            answers = evaluate_answers(model, vqa, limit, **how)
+        rows = [
+            [name, f"{100 * r.exact_match:.2f}", f"{r.perplexity:.4f}", str(r.questions)] for name, r in answers.items()
+        ]
+        title = f"{model}, {time.perf_counter() - began:.1f} s"
+        console.table(title, ["questions", "exact match %", "answer perplexity", "asked"], rows)
+        figures["answers"] = {name: vars(result) for name, result in answers.items()}
+    return figures

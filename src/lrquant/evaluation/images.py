@@ -1,0 +1,64 @@
+"""How often an image classifier is right."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lrquant.calibration.images import Picture, pixels
+from lrquant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ImageAccuracy:
+    """Shares of pictures whose class is the likeliest, and among the five likeliest."""
+
+    top1: float
+    top5: float
+    pictures: int
+
+
+@torch.inference_mode()
+def image_accuracy(
+    model: Any,
+    processor: Any,
+    chosen: Sequence[Picture],
+    batch_size: int = 32,
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> ImageAccuracy:
+    """Top-1 and top-5 accuracy of `model` on pictures with classes.
+
+    Raises:
+        UsageError: a picture has no class or one that the model does not know, or the model is no classifier.
+    """
+    labels = torch.tensor([class_index(picture.label, model.config) for picture in chosen])
+    if not any(name.endswith("classifier") for name, _ in model.named_children()):
+        raise UsageError("this model has no classifier; accuracy needs one")
+    device = next(model.parameters()).device
+    top1 = top5 = 0
+    for start in range(0, len(chosen), batch_size):
+        batch, truth = chosen[start : start + batch_size], labels[start : start + batch_size].to(device)
+        logits = model(pixel_values=pixels(processor, list(batch)).to(device, model.dtype)).logits
+        best = logits.float().topk(min(5, logits.shape[-1]), dim=-1).indices  # (pictures, 5)
+        hits = best == truth[:, None]
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.any(-1).sum())
+        told(len(batch), len(chosen))
+    return ImageAccuracy(top1 / len(chosen), top5 / len(chosen), len(chosen))
+
+
+def class_index(label: int | str | None, config: Any) -> int:
+    """The model's number of a class."""
+    if label is None:
+        raise UsageError("a picture has no class: put the pictures of each class into a folder with its name")
+    if isinstance(label, str):
+        known = config.label2id
+        index = known.get(label, int(label) if label.isdigit() else None)
+        if index is None:
+            some = ", ".join(list(known)[:6]) + (", …" if len(known) > 6 else "")
+            raise UsageError(f"folder {label!r} is none of the model's {len(known)} classes ({some})")
+        label = int(index)
+    if label >= config.num_labels:
+        raise UsageError(f"class {label}: the model knows {config.num_labels} classes")
+    return label
