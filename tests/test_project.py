@@ -18,13 +18,13 @@ ROOMS = [
     ["recipe"],
     ["transforms"],
     ["architectures"],
-    ["zoo"],
+    ["zoo", "modality"],
     ["calibration"],
     ["reconstruction"],
     ["models", "memory", "_registration"],
     ["checkpoints", "evaluation"],
     ["adaptation"],
-    ["api"],
+    ["api", "api_vision"],
     ["cli"],
 ]
 PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}

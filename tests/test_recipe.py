@@ -91,7 +91,7 @@ def test_formats_have_their_short_names() -> None:
         ({"alpha": 1.5}, "^alpha = 1.5: "),
         ({"schedule": "linear"}, "^schedule = 'linear': .*'constant' or 'cosine'"),
         ({"seed": 2**64}, "^seed = "),
-        ({"bits": 4}, "^unknown recipe key 'bits': there are method, wbits, "),
+        ({"bits": 4}, "^unknown recipe key 'bits': there are method, "),
         ({"grupsize": 64}, "^unknown recipe key 'grupsize': there are .*group_size"),
     ],
     ids=str,

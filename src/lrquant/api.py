@@ -18,8 +18,8 @@ from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
-from lrquant.modality import load_processor, modality_of
-from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
+from lrquant.modality import modality_of
+from lrquant.models import compute_dtype, load_model, load_processor, load_tokenizer, pick_device, stored_dtype, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args

@@ -8,8 +8,8 @@ from lrquant.calibration.images import pictures
 from lrquant.checkpoints import load
 from lrquant.errors import UsageError
 from lrquant.evaluation import AnswerQuality, ImageAccuracy, answer_quality, image_accuracy
-from lrquant.modality import Modality, load_processor, modality_of
-from lrquant.models import compute_dtype, pick_device
+from lrquant.modality import Modality, modality_of
+from lrquant.models import compute_dtype, load_processor, pick_device
 
 PICTURES = 1000  # that are looked at unless a limit is given
 

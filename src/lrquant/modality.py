@@ -40,13 +40,3 @@ def modality_of(model: Any) -> Modality:
     if getattr(model.config, "vision_config", None) is not None:
         return "image+text" if isinstance(family_of(model), MultimodalFamily) else "text"
     return "text"
-
-
-def load_processor(name: str, modality: Modality, trust_remote_code: bool = False) -> Any:
-    """What prepares a model's inputs: its tokenizer, its image processor, or both in one."""
-    import transformers
-
-    from lrquant.models import _from_pretrained
-
-    auto = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "image+text": "AutoProcessor"}[modality]
-    return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrquant.errors import LrquantError, UsageError
+from lrquant.modality import Modality, auto_model
 from lrquant.zoo import ZOO_PREFIX, zoo_model_path
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -79,8 +80,6 @@ def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     Raises:
         LrquantError: a shard is missing or damaged, or a weight is missing from them.
     """
-    from lrquant.modality import auto_model
-
     with _packed_weights_need_no_start():
         model, loading = _from_pretrained(
             auto_model(load_config(name, trust_remote_code)),
@@ -123,6 +122,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+
+
+def load_processor(name: str, modality: Modality, trust_remote_code: bool = False) -> Any:
+    """What prepares a model's inputs: its tokenizer, its image processor, or both in one."""
+    import transformers
+
+    auto = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "image+text": "AutoProcessor"}[modality]
+    return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)
 
 
 def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:

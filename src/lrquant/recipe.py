@@ -168,10 +168,7 @@ class Recipe(BaseModel):
         try:
             if path.stat().st_size > _MAX_YAML_BYTES:
                 raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, this is no recipe")
-            text = path.read_text()
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-                raise UsageError(f"{path}: YAML aliases have no place in a recipe")  # a few could fill the memory
-            values = yaml.safe_load(text)
+            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot read the recipe ({error})") from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -195,6 +192,15 @@ def _shown(value: Any) -> str:
         return reprlib.repr(value)
     except ValueError:  # a number with more digits than Python prints
         return "a number of thousands of digits"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases, a few of which can stand for more data than fits into memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases have no place in a recipe")
+        return super().compose_node(parent, index)
 
 
 _NO_LEARNING: dict[str, Any] = {"lwc": False, "epochs": 0, "smooth_attention": False, "smooth_mlp": False}

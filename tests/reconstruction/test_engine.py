@@ -24,7 +24,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_learning_lowers_every_blocks_loss(tiny: Path) -> None:
-    for record in lrquant.quantize(str(tiny), recipe(epochs=5)).records:
+    for record in lrquant.quantize(str(tiny), recipe(epochs=5, let_lr=0.02, lwc_lr=0.05)).records:
         assert record.outcome == "learned"
         assert record.final_loss < record.initial_loss
         assert len(record.epoch_losses) == 5

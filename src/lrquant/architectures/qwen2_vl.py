@@ -1,7 +1,6 @@
 """Qwen2-VL: a vision tower with rotary positions and one projection for q, k, v, before Qwen2's language model.
 
-Multimodal rotary embedding gives the pairs of channels (j, j + half) positions in time, height or width, by
-sections of j: what it rotates together is the same pairs as ever, so scales are shared as in Qwen2.
+Multimodal rotary embedding still turns channels j and j + half together, so scales are shared as in Qwen2.
 """
 
 from typing import Any
