@@ -229,3 +229,10 @@ def test_any_file_is_a_recipe_or_a_usage_error(tmp_path_factory: pytest.TempPath
     path.write_bytes(text.encode(errors="surrogatepass") if isinstance(text, str) else text)
     with suppress(UsageError):
         Recipe.from_yaml(path)
+
+
+def test_shift_on_means_on_in_yaml_too(tmp_path: Path) -> None:
+    """YAML 1.1 reads a bare `on` as true."""
+    for written, meant in (("on", "on"), ("off", "off"), ("auto", "auto")):
+        (tmp_path / "recipe.yaml").write_text(f"shift: {written}\n")
+        assert Recipe.from_yaml(tmp_path / "recipe.yaml").shift == meant

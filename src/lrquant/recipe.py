@@ -76,6 +76,11 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="Decides samples and their order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the computation")
 
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _yaml_reads_on_as_true(cls, shift: Any) -> Any:
+        return {True: "on", False: "off"}.get(shift, shift) if isinstance(shift, bool) else shift
+
     @field_validator("wbits", "abits")
     @classmethod
     def _known_bits(cls, bits: int) -> int:
