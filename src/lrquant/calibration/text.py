@@ -134,7 +134,7 @@ def _read_table(path: Path) -> list[str]:
         rows = load_dataset(kind, data_files=glob.escape(os.fspath(path)), split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         raise UsageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})") from None
-    texts = (Value("string"), Value("large_string"))
+    texts = (Value("string"), Value("large_string"), Value("string_view"))
     strings = [name for name, kind_of in rows.features.items() if kind_of in texts]
     column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if column is None:

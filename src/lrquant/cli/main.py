@@ -51,6 +51,7 @@ def main() -> None:
 def run(program: Callable[[], object]) -> None:
     """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_LEVEL", "ERROR")
     try:
