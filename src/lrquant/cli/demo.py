@@ -25,7 +25,7 @@ PROMPT = "The for statement is used to"
 
 
 def demo(
-    model: Annotated[str, typer.Option(help="zoo:llama, zoo:vit or zoo:llava.")] = MODEL,
+    model: Annotated[str, typer.Option(help="zoo:llama or zoo:vit.")] = MODEL,
     save_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the LRQuant checkpoint here.", show_default="not kept")
     ] = None,

@@ -1,4 +1,4 @@
-"""`lrquant demo --model zoo:vit` and `--model zoo:llava`: the whole job on the bundled models that see."""
+"""`lrquant demo --model zoo:vit`: the whole job on the bundled models that see."""
 
 import io
 import tempfile
