@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lrquant.zoo import shapes
+from lrquant.zoo import shapes, zoo_models
+
+NO_LLAVA = pytest.mark.skipif("llava" not in zoo_models(), reason="zoo:llava is not bundled here")
 
 
 def lrquant(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -57,6 +59,7 @@ assert "lrquant" not in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@NO_LLAVA
 def test_both_towers_of_a_llava_and_an_answer_without_lrquant(tmp_path: Path) -> None:
     saved, result = tmp_path / "saved", tmp_path / "result.json"
     towers = ("--towers", "language,vision")
@@ -112,9 +115,9 @@ def grey(folder: Path) -> Path:
         ("zoo:vit", grey, ("--nsamples", 2), "1 pictures are too few for 2 samples"),
         ("zoo:vit", "wikitext2", (), "wikitext2 is text"),
         ("zoo:vit", "zoo:shapes", ("--towers", "language"), "towers 'language': a vit model has vision"),
-        ("zoo:llava", questions_without_pictures, (), "asked.jsonl:1: there is no picture"),
-        ("zoo:llava", "zoo:shapes", (), "pictures without text"),
-        ("zoo:llava", "zoo:shapes-vqa", ("--towers", "sound"), "towers"),
+        pytest.param("zoo:llava", questions_without_pictures, (), "asked.jsonl:1: there is no picture", marks=NO_LLAVA),
+        pytest.param("zoo:llava", "zoo:shapes", (), "pictures without text", marks=NO_LLAVA),
+        pytest.param("zoo:llava", "zoo:shapes-vqa", ("--towers", "sound"), "towers", marks=NO_LLAVA),
     ],
 )
 def test_wrong_use_is_one_line(model, calib, more, line: str, tmp_path: Path) -> None:
@@ -130,7 +133,8 @@ def test_wrong_use_is_one_line(model, calib, more, line: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("model", "option", "line"), [("zoo:vit", "--vqa", "takes image"), ("zoo:llava", "--images", "takes image+text")]
+    ("model", "option", "line"),
+    [("zoo:vit", "--vqa", "takes image"), pytest.param("zoo:llava", "--images", "takes image+text", marks=NO_LLAVA)],
 )
 def test_measuring_the_wrong_thing_is_one_line(model: str, option: str, line: str) -> None:
     done = lrquant("eval", model, option, "zoo:shapes")
