@@ -100,7 +100,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids([PICTURE])[0],  # type: ignore[index]
+        image_token_index=tokenizer.get_vocab()[PICTURE],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         tie_word_embeddings=True,
