@@ -240,11 +240,5 @@ def _paper_exact(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
     return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
 
 
-# The papers' weight-only setting learns clipping alone; attention inputs are activations.
-WEIGHT_ONLY: dict[str, dict[str, Any]] = {
-    "rtn": {},
-    "smoothquant": {},
-    "omniquant": {"let": False},
-    "lrquant": {},
-    "lrquant+": {},
-}
+# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published.
+WEIGHT_ONLY: dict[str, dict[str, Any]] = {"omniquant": {"let": False}}
