@@ -63,7 +63,9 @@ def main(
     stream = [hidden_states.clone() for hidden_states in inputs.hidden]
     run = _Run(block, 0, inputs, torch.device("cpu"), batch)
     statistics, flat = run.advance_full_precision(inputs.hidden)
-    fixed = BlockParameters.of(block, enabled_equivalences(family, config, recipe), recipe.scheme, torch.bfloat16)
+    fixed = BlockParameters.of(
+        block, enabled_equivalences(family.equivalences(config), recipe), recipe.scheme, torch.bfloat16
+    )
     start = initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, ()) | initial_clipping(fixed)
     learnables = {name: tensor.requires_grad_() for name, tensor in start.items()}
     optimizer = torch.optim.AdamW(learnables.values(), lr=1e-3)
