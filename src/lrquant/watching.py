@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lrquant.reconstruction.records import BlockRecord
+    from lrquant.reconstruction.view import BlockView, Decided
 
 
 class Watcher:
@@ -13,4 +14,37 @@ class Watcher:
 
     def epoch_done(self, block: int, epoch: int, loss: float) -> None: ...
 
+    def block_begins(self, view: "BlockView") -> None:
+        """The streams hold what the block is about to receive."""
+
+    def block_ends(self, view: "BlockView", decided: "Decided | None") -> None:
+        """The streams hold what the block has answered. `decided` is None where the block stays as it was given."""
+
     def block_done(self, record: "BlockRecord") -> None: ...
+
+
+class Watchers(Watcher):
+    """Tells several watchers."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def started(self, blocks: int, epochs: int) -> None:
+        for watcher in self.watchers:
+            watcher.started(blocks, epochs)
+
+    def epoch_done(self, block: int, epoch: int, loss: float) -> None:
+        for watcher in self.watchers:
+            watcher.epoch_done(block, epoch, loss)
+
+    def block_begins(self, view: "BlockView") -> None:
+        for watcher in self.watchers:
+            watcher.block_begins(view)
+
+    def block_ends(self, view: "BlockView", decided: "Decided | None") -> None:
+        for watcher in self.watchers:
+            watcher.block_ends(view, decided)
+
+    def block_done(self, record: "BlockRecord") -> None:
+        for watcher in self.watchers:
+            watcher.block_done(record)

@@ -41,6 +41,7 @@ from lrquant.reconstruction.parameters import (
     quantized_parameters,
 )
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.reconstruction.view import BlockView, Decided
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
 from lrquant.transforms.statistics import ChannelStatistics
@@ -114,6 +115,8 @@ def reconstruct(
         check_finite(block, path)
         with _on_device(block, device):
             run = _Run(block, index, inputs, device, batch)
+            view = BlockView(place, path, block, run.call_one, target_stream, quantized_stream)
+            watcher.block_begins(view)
             if present is not None and place not in present.relearned:
                 _, flat = run.advance_full_precision(target_stream)
                 result.flat_inputs |= {f"{path}.{name}" for name in flat}
@@ -122,6 +125,7 @@ def reconstruct(
                     block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
                 ):
                     run.advance(quantized_stream, target_stream)
+                watcher.block_ends(view, None)
                 continue
             own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
             statistics, flat = run.advance_full_precision(target_stream)
@@ -168,6 +172,9 @@ def reconstruct(
                     _replace(block, frozen.parameters(next(block.parameters()).dtype))
                     result.frozen.append(frozen_on_cpu(frozen))
                 cosine = run.advance(quantized_stream, target_stream)
+            seconds = time.perf_counter() - began
+            decided = Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
+            watcher.block_ends(view, None if learned.outcome == "kept present" else decided)
         record = BlockRecord(
             place,
             learned.initial_loss,
@@ -175,7 +182,7 @@ def reconstruct(
             learned.outcome,
             learned.epoch_losses,
             learned.recoveries,
-            time.perf_counter() - began,
+            seconds,
             cosine,
         )
         result.learned.append({name: tensor.cpu() for name, tensor in learned.learnables.items()})
@@ -357,12 +364,20 @@ class _Run:
     device: torch.device
     batch: int
 
-    def _call(self, stream: Sequence[Tensor], chosen: Sequence[int], parameters: Mapping[str, Tensor] | None) -> Tensor:
+    def _call(
+        self,
+        stream: Sequence[Tensor] | Mapping[int, Tensor],
+        chosen: Sequence[int],
+        parameters: Mapping[str, Tensor] | None,
+    ) -> Tensor:
         """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
         arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
         hidden = torch.cat([stream[sample] for sample in chosen]).to(self.device)
         output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
+
+    def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        return self._call(stream, [sample], parameters)
 
     def _batches(self) -> Iterator[list[int]]:
         everything = range(len(self.inputs.hidden))

@@ -1,0 +1,41 @@
+"""What an observer may look at while a block is reconstructed; looking changes nothing.
+
+The engine tells its watcher when a block begins, while both streams still hold what the block receives, and when it
+ends, with everything that was decided. What an observer computes from that is its own affair (see `lrquant.report`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from lrquant.reconstruction.learning import Learnables
+from lrquant.reconstruction.parameters import BlockParameters, FrozenBlock
+
+# (a stream or part of one, by sample; sample; parameters in place of the block's own) → output, (1, tokens, hidden)
+Call = Callable[[Mapping[int, Tensor], int, Mapping[str, Tensor] | None], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block, how to call it, and its two streams, which the engine overwrites between begin and end."""
+
+    index: int
+    path: str
+    block: nn.Module  # the original's weights at the beginning, the quantized ones at the end
+    call: Call
+    full_precision: Sequence[Tensor]  # x per sample: the block's input at the beginning, its output at the end
+    quantized: Sequence[Tensor]  # x̂, likewise
+
+
+@dataclass(frozen=True)
+class Decided:
+    """How a block was quantized. `start` and `learned` are the learnables before and after learning."""
+
+    fixed: BlockParameters
+    start: Learnables
+    learned: Learnables
+    frozen: FrozenBlock
+    input_args: Mapping[nn.Linear, QuantizationArgs | None]
+    attention_args: QuantizationArgs | None
