@@ -23,6 +23,7 @@ ROOMS = [
     ["reconstruction"],
     ["models", "memory", "_registration"],
     ["checkpoints", "evaluation"],
+    ["report"],
     ["adaptation"],
     ["api", "api_vision"],
     ["cli"],

@@ -17,8 +17,11 @@ class Watcher:
     def block_begins(self, view: "BlockView") -> None:
         """The streams hold what the block is about to receive."""
 
-    def block_ends(self, view: "BlockView", decided: "Decided | None") -> None:
-        """The streams hold what the block has answered. `decided` is None where the block stays as it was given."""
+    def block_decided(self, view: "BlockView", decided: "Decided") -> None:
+        """The block still has the original's weights; x holds its answer, x̂ what it is about to receive."""
+
+    def block_ends(self, view: "BlockView") -> None:
+        """The block is as it stays, and both streams hold what it has answered."""
 
     def block_done(self, record: "BlockRecord") -> None: ...
 
@@ -41,9 +44,13 @@ class Watchers(Watcher):
         for watcher in self.watchers:
             watcher.block_begins(view)
 
-    def block_ends(self, view: "BlockView", decided: "Decided | None") -> None:
+    def block_decided(self, view: "BlockView", decided: "Decided") -> None:
         for watcher in self.watchers:
-            watcher.block_ends(view, decided)
+            watcher.block_decided(view, decided)
+
+    def block_ends(self, view: "BlockView") -> None:
+        for watcher in self.watchers:
+            watcher.block_ends(view)
 
     def block_done(self, record: "BlockRecord") -> None:
         for watcher in self.watchers:

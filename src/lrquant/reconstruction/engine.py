@@ -125,7 +125,7 @@ def reconstruct(
                     block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
                 ):
                     run.advance(quantized_stream, target_stream)
-                watcher.block_ends(view, None)
+                watcher.block_ends(view)
                 continue
             own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
             statistics, flat = run.advance_full_precision(target_stream)
@@ -165,16 +165,18 @@ def reconstruct(
                     now = run.fixed_function(present.blocks[place], quantized_stream, targets)
                     learned = or_present(learned, now, len(samples), batch, recipe)
                 frozen = freeze(fixed, learned.learnables)
-                if learned.outcome == "kept present":
-                    assert present is not None
-                    _replace(block, present.blocks[place])
-                else:
-                    _replace(block, frozen.parameters(next(block.parameters()).dtype))
-                    result.frozen.append(frozen_on_cpu(frozen))
+            if learned.outcome == "kept present":
+                assert present is not None
+                _replace(block, present.blocks[place])
+            else:
+                watcher.block_decided(
+                    view, Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
+                )
+                _replace(block, frozen.parameters(next(block.parameters()).dtype))
+                result.frozen.append(frozen_on_cpu(frozen))
+            with quantized_activations(block, input_args, attention_args):
                 cosine = run.advance(quantized_stream, target_stream)
-            seconds = time.perf_counter() - began
-            decided = Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
-            watcher.block_ends(view, None if learned.outcome == "kept present" else decided)
+            watcher.block_ends(view)
         record = BlockRecord(
             place,
             learned.initial_loss,
@@ -182,7 +184,7 @@ def reconstruct(
             learned.outcome,
             learned.epoch_losses,
             learned.recoveries,
-            seconds,
+            time.perf_counter() - began,
             cosine,
         )
         result.learned.append({name: tensor.cpu() for name, tensor in learned.learnables.items()})

@@ -1,7 +1,7 @@
 """What an observer may look at while a block is reconstructed; looking changes nothing.
 
-The engine tells its watcher when a block begins, while both streams still hold what the block receives, and when it
-ends, with everything that was decided. What an observer computes from that is its own affair (see `lrquant.report`).
+The engine tells its watcher when a block begins, while both streams still hold what the block receives, when it is
+decided how to quantize it, and when it ends. What an observer computes then is its own affair (see `lrquant.report`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +23,10 @@ class BlockView:
 
     index: int
     path: str
-    block: nn.Module  # the original's weights at the beginning, the quantized ones at the end
+    block: nn.Module
     call: Call
-    full_precision: Sequence[Tensor]  # x per sample: the block's input at the beginning, its output at the end
-    quantized: Sequence[Tensor]  # x̂, likewise
+    full_precision: Sequence[Tensor]  # x per sample
+    quantized: Sequence[Tensor]  # x̂ per sample
 
 
 @dataclass(frozen=True)
