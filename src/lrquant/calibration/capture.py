@@ -7,7 +7,7 @@ and the pass costs an embedding. Nothing here knows any family.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class BlockInputs:
     keyword arguments of block b: one mapping when all samples share it, else one per sample.
     """
 
-    hidden: list[Tensor]
+    hidden: Any  # a list of tensors, or a stream of the activation store
     arguments: list[list[dict[str, Any]]]
 
     def shared(self) -> bool:
@@ -108,28 +108,39 @@ def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dict[str, Any]]) -> BlockInputs:
-    """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one)."""
-    hidden: list[Tensor] = []
+def capture(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    samples: Sequence[dict[str, Any]],
+    new_stream: Callable[[Tensor], Any] = lambda first: [],
+) -> BlockInputs:
+    """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one).
+
+    `new_stream`, given the first sample's hidden states, makes what all of them are appended to.
+    """
+    hidden: Any = None
+    seen = 0
     arguments: list[list[dict[str, Any]]] = [[] for _ in blocks]
     behind: tuple[Any, ...] | None = None  # what a block returns behind its hidden states; None: no tuple
     asked = False
 
     def record(index: int, original: Any, states: Tensor, kwargs: dict[str, Any]) -> Any:
-        nonlocal behind, asked
+        nonlocal behind, asked, hidden, seen
         kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "layer_past")}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if index == 0:
+            hidden = new_stream(states) if hidden is None else hidden
             hidden.append(states.clone())
+            seen += 1
             if not asked:  # of the first block, once: some families wrap what they return
                 output = original(states, **kwargs)
                 behind, asked = output[1:] if isinstance(output, tuple) else None, True
         known = arguments[index]
-        if len(hidden) == 1:
+        if seen == 1:
             known.append(kwargs)
         elif len(known) > 1 or not _equal(known[0], kwargs):
-            known.extend(known[:1] * (len(hidden) - 1 - len(known)))
+            known.extend(known[:1] * (seen - 1 - len(known)))
             known.append(kwargs)
         if index == len(blocks) - 1:
             raise _Enough

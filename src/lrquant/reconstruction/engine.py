@@ -8,15 +8,19 @@
 The activation store holds both streams once (a third time per block for the two-branch loss); a stream
 is overwritten sample by sample as it advances.
 
+A block that an earlier run finished (journal.py) is run through as it was left: x ← f(x; W), x̂ ← f(x̂; frozen).
+
 A model with several stages (Swin's resolutions, the towers of a multimodal model) goes through the loop stage
 by stage. What enters a later stage is found by running everything before it: once in full precision before
 anything is changed, which starts x, and once with the earlier stages quantized, which starts x̂.
 """
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ from lrquant.calibration.capture import BlockInputs, capture
 from lrquant.errors import LrquantError, UsageError
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.learning import Forward, Learnables, learn, or_present
 from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
@@ -41,6 +46,8 @@ from lrquant.reconstruction.parameters import (
     quantized_parameters,
 )
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.reconstruction.residence import Residence
+from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.reconstruction.view import BlockView, Decided
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
@@ -53,7 +60,7 @@ class Reconstruction:
     """What the engine leaves behind besides the model, whose blocks now hold the quantized values."""
 
     block_paths: list[str]  # in the order that data flows
-    frozen: list[FrozenBlock] = field(default_factory=list)
+    frozen: list[FrozenBlock] = field(default_factory=list)  # empty where a journal keeps them
     learned: list[Learnables] = field(default_factory=list)
     statistics: list[dict[str, ChannelStatistics]] = field(default_factory=list)
     records: list[BlockRecord] = field(default_factory=list)
@@ -61,6 +68,14 @@ class Reconstruction:
     added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
     attention_quantized: bool = False
     outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
+
+    def add(self, path: str, finished: FinishedBlock) -> None:
+        """Take up the block at `path`."""
+        self.learned.append(finished.learnables)
+        self.statistics.append(finished.statistics)
+        self.records.append(finished.record)
+        self.flat_inputs |= {f"{path}.{name}" for name in finished.flat_inputs}
+        self.added_biases += tuple(f"{path}.{name}" for name in finished.added_biases)
 
 
 @dataclass(frozen=True)
@@ -82,12 +97,21 @@ def reconstruct(
     given_statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
     start_from: Sequence[Learnables] | None = None,
     present: Present | None = None,
+    journal: Journal | None = None,
+    residence: Residence | None = None,
+    store: ActivationStore | None = None,
 ) -> Reconstruction:
     """Quantize `model`'s blocks in place. `samples` are keyword arguments of single-sample calls.
 
     `start_from` holds learnables of an earlier run, one mapping per block, to start from. With `present`, only
     some blocks are learned again: the others run as they are there, and leave no entry in the result's lists.
+    `journal` knows of blocks that an earlier run finished, `residence` where blocks come from, `store` where the
+    streams live; left out, nothing is remembered and everything is in host memory.
     """
+    journal, residence = journal or Journal(), residence or Residence(model)
+    if store is None:
+        folder = Path(tempfile.gettempdir())
+        store = ActivationStore("host", device, folder, len(samples), 2 + recipe.two_branch)
     stages = family.stages(model, recipe.towers)
     places = [(stage, index) for stage in stages for index in range(len(stage.blocks(model)))]
     paths = [f"{stage.path}.{index}" for stage, index in places]
@@ -99,46 +123,57 @@ def reconstruct(
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
     result = Reconstruction(paths, attention_quantized=attention_args is not None)
-    inputs_of = [capture(model, stage.blocks(model), samples) for stage in stages]
+    journal.open(len(paths))
+    residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
+    inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
     watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
-        block = model.get_submodule(path)
+        if not residence.keeps and all(journal.finished(later) for later in range(place, len(paths))):
+            result.add(path, journal.summary(place))  # nothing is left that needs its outputs
+            watcher.block_done(result.records[-1])
+            continue
         if index == 0:  # a stage begins
             equivalences = enabled_equivalences(stage.equivalences, recipe)
             inputs = inputs_of.pop(0)
-            target_stream = inputs.hidden
-            quantized_stream = [hidden.clone() for hidden in target_stream]
-            if place > 0:
-                quantized_stream = _behind_quantized(model, result, recipe, attention_args, stage, samples, place)
+            target_stream: Stream = inputs.hidden
+            if place == 0:
+                quantized_stream = store.copy(target_stream)
+            else:
+                quantized_stream = _behind_quantized(
+                    model, result, recipe, attention_args, stage, samples, place, store
+                )
             batch = recipe.batch_size if inputs.shared() else 1
         began = time.perf_counter()
-        check_finite(block, path)
-        with _on_device(block, device):
+        with _held(residence, path, device) as block:
+            check_finite(block, path)
             run = _Run(block, index, inputs, device, batch)
             view = BlockView(place, path, block, run.call_one, target_stream, quantized_stream)
             watcher.block_begins(view)
-            if present is not None and place not in present.relearned:
+            restored = journal.restore(place, block) if journal.finished(place) else None
+            untouched = present.blocks[place] if present and place not in present.relearned else None
+            if restored is not None or untouched is not None:
                 _, flat = run.advance_full_precision(target_stream)
                 result.flat_inputs |= {f"{path}.{name}" for name in flat}
-                _replace(block, present.blocks[place])
+                _replace(block, restored[1] if restored is not None else untouched)  # type: ignore[arg-type]
                 with quantized_activations(
                     block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
                 ):
                     run.advance(quantized_stream, target_stream)
                 watcher.block_ends(view)
+                if restored is not None:
+                    result.add(path, restored[0])
+                    watcher.block_done(restored[0].record)
                 continue
-            own_targets = run.outputs(quantized_stream) if recipe.two_branch else None
+            own_targets = run.outputs(quantized_stream, store) if recipe.two_branch else None
             statistics, flat = run.advance_full_precision(target_stream)
             if given_statistics is not None:
                 statistics = {name: _moved(value, device) for name, value in given_statistics[place].items()}
-            result.flat_inputs |= {f"{path}.{name}" for name in flat}
             shifted, slots = choose_shifts(block, equivalences, recipe.shift)
             start: Learnables = {}
             if recipe.let:
                 fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
                 start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
             add_bias_slots(block, slots)
-            result.added_biases += tuple(f"{path}.{name}" for name in slots)
             fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
             if recipe.lwc and scheme.weights:
                 start |= initial_clipping(fixed)
@@ -173,23 +208,31 @@ def reconstruct(
                     view, Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
                 )
                 _replace(block, frozen.parameters(next(block.parameters()).dtype))
-                result.frozen.append(frozen_on_cpu(frozen))
             with quantized_activations(block, input_args, attention_args):
                 cosine = run.advance(quantized_stream, target_stream)
             watcher.block_ends(view)
-        record = BlockRecord(
-            place,
-            learned.initial_loss,
-            learned.final_loss,
-            learned.outcome,
-            learned.epoch_losses,
-            learned.recoveries,
-            time.perf_counter() - began,
-            cosine,
-        )
-        result.learned.append({name: tensor.cpu() for name, tensor in learned.learnables.items()})
-        result.statistics.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
-        result.records.append(record)
+            record = BlockRecord(
+                place,
+                learned.initial_loss,
+                learned.final_loss,
+                learned.outcome,
+                learned.epoch_losses,
+                learned.recoveries,
+                time.perf_counter() - began,
+                cosine,
+            )
+            finished = FinishedBlock(
+                {name: tensor.cpu() for name, tensor in learned.learnables.items()},
+                {name: _moved(value, torch.device("cpu")) for name, value in statistics.items()},
+                record,
+                tuple(sorted(flat)),
+                tuple(slots),
+            )
+            result.add(path, finished)
+            if learned.outcome != "kept present":
+                journal.block_done(place, path, block, finished, frozen)
+                if not journal.keeps_frozen:
+                    result.frozen.append(frozen_on_cpu(frozen))
         watcher.block_done(record)
     result.outside = round_outside(model, recipe, samples[0], storage_dtype)
     return result
@@ -208,7 +251,7 @@ def gather_statistics(
         inputs = capture(model, blocks, samples)
         for index, block in enumerate(blocks):
             check_finite(block, f"{stage.path}.{index}")
-            with _on_device(block, device):
+            with _held(Residence(model), f"{stage.path}.{index}", device):
                 statistics, _ = _Run(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
             result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
     return result
@@ -222,7 +265,8 @@ def _behind_quantized(
     stage: Stage,
     samples: Sequence[dict[str, Any]],
     done: int,
-) -> list[Tensor]:
+    store: ActivationStore,
+) -> Stream:
     """What `stage` receives from the `done` blocks quantized so far, their activations quantized too."""
     with ExitStack() as quantized:
         for path in result.block_paths[:done]:
@@ -230,7 +274,7 @@ def _behind_quantized(
             flat = flat_inputs_within(result, path)
             inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat)
             quantized.enter_context(quantized_activations(block, inputs, attention_args))
-        return capture(model, stage.blocks(model), samples).hidden
+        return capture(model, stage.blocks(model), samples, store.stream).hidden
 
 
 def flat_inputs_within(result: Reconstruction, path: str) -> set[str]:
@@ -320,12 +364,14 @@ def _moved(statistics: ChannelStatistics, device: torch.device) -> ChannelStatis
 
 
 @contextmanager
-def _on_device(block: nn.Module, device: torch.device) -> Iterator[None]:
-    block.to(device)
+def _held(residence: Residence, path: str, device: torch.device) -> Iterator[nn.Module]:
+    """Within, the block at `path` is on `device`."""
+    block = residence.take(path).to(device)
     try:
-        yield
+        yield block
     finally:
         block.to("cpu")
+        residence.release(path)
 
 
 @torch.no_grad()
@@ -387,15 +433,16 @@ class _Run:
             yield list(everything[start : start + self.batch])
 
     @torch.no_grad()
-    def outputs(self, stream: Sequence[Tensor]) -> list[Tensor]:
+    def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
         """The block's outputs on `stream`, kept apart from it."""
-        result: list[Tensor] = []
+        result = store.stream(stream[0])
         for chosen in self._batches():
-            result += _split(self._call(stream, chosen, None).to(stream[0].device), len(chosen))
+            for output in _split(self._call(stream, chosen, None), len(chosen)):
+                result.append(output)
         return result
 
     @torch.no_grad()
-    def advance_full_precision(self, stream: list[Tensor]) -> tuple[dict[str, ChannelStatistics], set[str]]:
+    def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
         """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
         statistics: dict[str, ChannelStatistics] = {}
         flat: set[str] = set()
@@ -423,19 +470,19 @@ class _Run:
                         raise LrquantError(
                             f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
                         )
-                    stream[sample] = output.to(stream[sample].device)
+                    stream[sample] = output
         finally:
             for handle in handles:
                 handle.remove()
         return statistics, flat
 
     @torch.no_grad()
-    def advance(self, stream: list[Tensor], targets: Sequence[Tensor]) -> float:
+    def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
         """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
         total = 0.0
         for chosen in self._batches():
             for sample, output in zip(chosen, _split(self._call(stream, chosen, None), len(chosen)), strict=True):
-                stream[sample] = output.to(stream[sample].device)
+                stream[sample] = output
                 target = targets[sample].to(output.device)
                 total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
         return total / len(stream)

@@ -1,0 +1,23 @@
+"""Where blocks are while they are not worked on: here, in memory; `lrquant.streaming` leaves them on disk."""
+
+from torch import nn
+
+
+class Residence:
+    """All of the model is in memory, and stays there.
+
+    Args:
+        model: holds the blocks.
+        keeps: whether anyone will call the quantized model that is left in memory; if not, finished blocks are skipped.
+    """
+
+    def __init__(self, model: nn.Module, keeps: bool = True) -> None:
+        self.model = model
+        self.keeps = keeps
+
+    def take(self, path: str) -> nn.Module:
+        """The block at `path` with its parameters on the CPU; taking it again changes nothing."""
+        return self.model.get_submodule(path)
+
+    def release(self, path: str) -> None:
+        """The block at `path` is done with."""
