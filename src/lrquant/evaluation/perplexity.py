@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ class Perplexity:
     value: float
     windows: int
     seqlen: int
+    window_losses: tuple[float, ...] = field(default=(), repr=False)  # mean negative log-likelihood of each window
 
 
 @torch.inference_mode()
@@ -40,11 +41,12 @@ def perplexity(
     if len(rows) == 0:
         raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
     device = next(model.parameters()).device
-    total = 0.0
+    losses: list[float] = []
     for batch in rows.split(max(1, batch_tokens // seqlen)):
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (windows, seqlen − 1, vocabulary)
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses += each.view(len(batch), -1).mean(1).tolist()
         told(len(batch), len(rows))
-    mean = total / (len(rows) * (seqlen - 1))
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen)
+    mean = sum(losses) / len(losses)
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen, tuple(losses))

@@ -8,7 +8,7 @@ Measurements (float16 tensors), by name:
     {block}|{layer}|channels_before, _after    largest magnitude per channel of the layer's input; at most 512 channels
     {block}|{layer}|map_before, _after         the same per channel and token, (tokens ≤ 48, channels ≤ 128)
     {block}|{layer}|histogram                  the transformed weight over its group's largest magnitude, 81 bins
-    {block}|{layer}|clip                       kept part of the range, (lowest, mean, highest) for both ends
+    {block}|{layer}|clip                       kept ends of the range: 10th percentile, mean, 90th; low end, high end
     {block}|{transformation}|scale_start, _end
 """
 
@@ -146,7 +146,7 @@ class Observer(Watcher):
             low, high = (looking.decided.learned.get(f"{layer}.clip_{end}") for end in ("low", "high"))
             if low is not None and high is not None:
                 kept = [
-                    torch.stack([part.min(), part.mean(), part.max()])
+                    torch.stack([part.quantile(0.1), part.mean(), part.quantile(0.9)])
                     for part in (
                         (relative.amin(-1, keepdim=True).clamp(max=0) * low.sigmoid()).flatten(),
                         (relative.amax(-1, keepdim=True).clamp(min=0) * high.sigmoid()).flatten(),

@@ -1,0 +1,198 @@
+"""What a run's numbers say, in sentences that a reader without the method's background can use."""
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from lrquant.report.run import Block, Metric, Run
+
+Tone = Literal["good", "bad", "plain"]
+LEVEL = 0.01  # changes below one percent are called none
+
+
+@dataclass(frozen=True)
+class Finding:
+    title: str
+    text: str
+    tone: Tone = "plain"
+
+
+def findings(run: Run) -> list[Finding]:
+    """The findings that `run` has numbers for, the most important first."""
+    told = [_size(run), *(_quality(metric) for metric in run.metrics)]
+    if run.kind == "adapt":
+        told.append(_adapted(run))
+    told += [_hardest(run), _smoothing(run), _learning(run), _layer(run), _depth(run), _odd_blocks(run)]
+    return [finding for finding in told if finding is not None]
+
+
+def own_error(block: Block) -> float | None:
+    """The error that a block adds by itself, on the original's own input."""
+    return block.errors.own.relative if block.errors and block.errors.own else None
+
+
+def hardest_block(run: Run) -> Block | None:
+    """The block that adds the largest error by itself."""
+    known = [block for block in run.blocks if own_error(block) is not None]
+    return max(known, key=lambda block: own_error(block) or 0.0) if known else None
+
+
+def stands_out(block: Block) -> str:
+    """Why a reader should look at this block; empty when there is nothing."""
+    reasons = {
+        "kept initial": "learning did not help; initial transformation kept",
+        "kept present": "adapting did not help; left as it was",
+        "best epoch": "set back to its best epoch",
+        "not relearned": "left as it was in the checkpoint",
+    }
+    told = [reasons[block.outcome]] if block.outcome in reasons else []
+    if block.recoveries:
+        told.append(f"met a non-finite loss {block.recoveries}×, set back")
+    if block.errors is None:
+        told.append("restored from an earlier run, not measured")
+    return "; ".join(told)
+
+
+def change(before: float, after: float) -> str:
+    """`after` against `before` as a signed percentage."""
+    return f"{100 * (after / before - 1):+.1f} %" if before else "–"
+
+
+def _size(run: Run) -> Finding | None:
+    if not run.checkpoint_bytes or not run.original_bytes:
+        return None
+    ratio = run.original_bytes / run.checkpoint_bytes
+    bits = f", {run.bits_per_weight:.2f} bits per quantized weight" if run.bits_per_weight else ""
+    text = f"{run.checkpoint_bytes / 1e6:.1f} MB instead of {run.original_bytes / 1e6:.1f} MB in bf16{bits}."
+    return Finding(f"{ratio:.2f} times smaller", text, "good" if ratio > 1 else "bad")
+
+
+def _quality(metric: Metric) -> Finding | None:
+    if metric.before is None:
+        return None
+    worse = metric.after > metric.before if metric.better == "lower" else metric.after < metric.before
+    moved = "rises" if metric.after > metric.before else "falls" if metric.after < metric.before else "stays"
+    detail = f", on {metric.detail}" if metric.detail else ""
+    return Finding(
+        f"{metric.name[:1].upper()}{metric.name[1:]} {moved} ({change(metric.before, metric.after)})",
+        f"{metric.before:.3f} before, {metric.after:.3f} after{detail}. {metric.better.capitalize()} is better.",
+        "plain" if worse else "good",
+    )
+
+
+def _adapted(run: Run) -> Finding | None:
+    pairs = [
+        (before, after)
+        for metric in run.metrics
+        for before, after in zip(metric.windows_before, metric.windows_after, strict=True)
+    ]
+    if not pairs:
+        return None
+    better = sum(after < before for before, after in pairs)
+    return Finding(
+        f"Adaptation helped {better} of {len(pairs)} windows of text",
+        "A window counts as helped when the adapted model finds its text more likely than the checkpoint did.",
+        "good" if 2 * better > len(pairs) else "bad",
+    )
+
+
+def _hardest(run: Run) -> Finding | None:
+    known = [block for block in run.blocks if own_error(block) is not None]
+    hardest = hardest_block(run)
+    if hardest is None or len(known) < 2:
+        return None
+    easiest = min(known, key=lambda block: own_error(block) or 0.0)
+    return Finding(
+        f"Block {hardest.index} was the hardest",
+        f"Given the original's own input, its quantized version answers {own_error(hardest) or 0:.1%} off the "
+        f"original's output; the easiest, block {easiest.index}, {own_error(easiest) or 0:.1%}.",
+    )
+
+
+def _smoothing(run: Run) -> Finding | None:
+    pairs = {
+        block.index: (block.errors.plain.relative, block.errors.smoothed.relative)
+        for block in run.blocks
+        if block.errors and block.errors.plain and block.errors.smoothed
+    }
+    if not pairs:
+        return Finding("No smoothing in this run", "Channels keep their sizes.") if run.kind == "quantize" else None
+    changes = {index: after / before - 1 for index, (before, after) in pairs.items() if before}
+    helped = sum(value < 0 for value in changes.values())
+    middle = median(changes.values())
+    best = min(changes, key=lambda index: changes[index])
+    verdict = "helped" if middle < -LEVEL else "hurt" if middle > LEVEL else "made no difference"
+    ratios = [
+        (kept.outlier_ratio, kept.smoothed_outlier_ratio)
+        for block in run.blocks
+        for kept in block.inputs
+        if kept.smoothed_outlier_ratio
+    ]
+    outliers = ""
+    if ratios:
+        strongest = max(ratios)
+        outliers = (
+            f" The strongest outlier channel was {strongest[0]:.1f} times the median channel before smoothing and "
+            f"{strongest[1]:.1f} times after."
+        )
+    return Finding(
+        f"Smoothing {verdict}",
+        f"Alone, without clipping, it lowers the output error of {helped} of {len(changes)} blocks against plain "
+        f"rounding; the median change is {middle:+.1%}, the best {changes[best]:+.1%} (block {best}).{outliers}",
+        "good" if verdict == "helped" else "bad" if verdict == "hurt" else "plain",
+    )
+
+
+def _learning(run: Run) -> Finding | None:
+    pairs = {
+        block.index: (block.errors.start.relative, block.errors.end.relative)
+        for block in run.blocks
+        if block.errors and block.errors.start and block.errors.end and block.epoch_losses
+    }
+    changes = {index: after / before - 1 for index, (before, after) in pairs.items() if before}
+    if not changes:
+        return None
+    helped, middle = sum(value < 0 for value in changes.values()), median(changes.values())
+    return Finding(
+        f"Learning {'helped' if middle < -LEVEL else 'hurt' if middle > LEVEL else 'made little difference'}",
+        f"It lowers the output error of {helped} of {len(changes)} blocks from where they started; "
+        f"the median change is {middle:+.1%}.",
+        "good" if middle < -LEVEL else "plain",
+    )
+
+
+def _layer(run: Run) -> Finding | None:
+    layers = [(entry, block) for block in run.blocks for entry in block.sensitivity]
+    if not layers:
+        return None
+    entry, block = max(layers, key=lambda pair: _left(pair[0].plain, pair[0].final))
+    return Finding(
+        f"The most sensitive layer is {entry.layer} of block {block.index}",
+        f"Quantizing it alone moves its block's output by {_left(entry.plain, entry.final):.1%} "
+        f"({entry.plain:.1%} with plain rounding).",
+    )
+
+
+def _left(plain: float, final: float | None) -> float:
+    return plain if final is None else final
+
+
+def _depth(run: Run) -> Finding | None:
+    ends = [block for block in run.blocks if block.errors and block.errors.end]
+    if not ends or ends[-1].errors is None or ends[-1].errors.end is None:
+        return None
+    last = ends[-1].errors.end
+    return Finding(
+        f"After the last block, outputs are {last.relative:.1%} off",
+        f"Errors add up along the depth: the cosine between the quantized and the original hidden states is "
+        f"{last.cosine:.4f} there (1 is the same direction).",
+    )
+
+
+def _odd_blocks(run: Run) -> Finding | None:
+    odd = [block for block in run.blocks if stands_out(block) and block.outcome != "not relearned"]
+    if not odd:
+        return None
+    text = ". ".join(f"Block {block.index}: {stands_out(block)}" for block in odd[:8])
+    more = f". And {len(odd) - 8} more" if len(odd) > 8 else ""
+    return Finding(f"{len(odd)} block{'s' * (len(odd) > 1)} to look at", f"{text}{more}.", "bad")

@@ -1,0 +1,102 @@
+"""Figures as SVG that belongs to the page: its fonts, its colours in light and in dark, its width.
+
+Matplotlib draws with stand-in colours, and every stand-in is then replaced by a CSS variable of the page. Text stays
+text, so a figure can be searched and read aloud, and weighs little.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+PLAIN, START, FINAL, INHERITED, WARN = "#110001", "#110002", "#110003", "#110004", "#110005"
+SERIES = (FINAL, START, WARN, INHERITED, PLAIN)  # for things without a fixed meaning
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    PLAIN: "--plain",
+    START: "--start",
+    FINAL: "--final",
+    INHERITED: "--inherited",
+    WARN: "--warn",
+}
+WIDTH = 5.2  # inches; at the width of a phone the text keeps nearly its size
+
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lrquant",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Within, figures are drawn in the report's style."""
+    with mpl.rc_context(_SETTINGS):  # type: ignore[arg-type]  # newer stubs list every name
+        yield
+
+
+def canvas(height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[Figure, Any]:
+    """A figure of the page's width and its axes (one, or an array)."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **how)
+
+
+def plain_log_ticks(axes: Axes, which: str = "y") -> None:
+    """Numbers such as 0.02 on a logarithmic axis, few enough to be read."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis) if which == "both" else (getattr(axes, f"{which}axis"),):
+        low, high = sorted(axis.get_view_interval())
+        narrow = low > 0 and high / low < 30
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """`figure` as an SVG element; `name` keeps its ids apart from other figures', `description` is read aloud."""
+    buffer = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
