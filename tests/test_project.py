@@ -25,7 +25,7 @@ ROOMS = [
     ["checkpoints", "evaluation"],
     ["report"],
     ["adaptation"],
-    ["api", "api_vision"],
+    ["api", "api_report", "api_vision"],
     ["cli"],
 ]
 PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}

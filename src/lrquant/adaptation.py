@@ -32,6 +32,7 @@ from lrquant.errors import LrquantError, UsageError
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Present, reconstruct
+from lrquant.report.run import FOLDER, PAGE
 from lrquant.watching import Watcher
 
 ADAPTATION_FILE = "adaptation.yaml"
@@ -192,9 +193,14 @@ def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]
 
 
 def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the files of a checkpoint; tensors named in `tensors` are replaced, all else stays byte for byte."""
+    """Copy the files of a checkpoint; tensors named in `tensors` are replaced, all else stays byte for byte.
+
+    The report is left behind: it tells of another run.
+    """
     left = dict(tensors)
     for path in sorted(source.rglob("*")):
+        if path.relative_to(source).parts[0] in (PAGE, FOLDER):
+            continue
         copy = target / path.relative_to(source)
         if path.is_dir():
             copy.mkdir()

@@ -1,7 +1,7 @@
 """The verbs: `quantize` and `evaluate`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,12 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Perplexity]:
     """Perplexity of a model on each of `texts`, keyed by the set's or the file's name.
 
-    A quantized checkpoint of lrquant's is evaluated with everything quantized, attention inputs included.
+    `told(windows just done, windows of this text)` hears of progress. A quantized checkpoint of lrquant's is evaluated
+    with everything quantized, attention inputs included.
     """
     on = pick_device(device)
     if isinstance(model_or_path, str | Path):
@@ -146,7 +148,7 @@ def evaluate(
     home = next(model.parameters()).device
     model.to(on)
     try:
-        return {name: perplexity(model, tokens, seqlen, limit_windows) for name, tokens in ids.items()}
+        return {name: perplexity(model, tokens, seqlen, limit_windows, told=told) for name, tokens in ids.items()}
     finally:
         model.to(home)
 

@@ -41,8 +41,9 @@ def report_quantized(
     device: torch.device,
     metrics: Sequence[Metric] = (),
     compared: Sequence[Compared] = (),
+    output: Path | None = None,
 ) -> Path:
-    """Write the report of `quantized` beside its checkpoint."""
+    """Write the report of `quantized` beside its checkpoint, the page to `output` when given."""
     assert quantized.saved_to is not None
     sizes, recipe = quantized.sizes, quantized.recipe
     return _leave(
@@ -65,6 +66,7 @@ def report_quantized(
             notes=quantized.notes,
             **_circumstances(observer, device),
         ),
+        output,
     )
 
 
@@ -111,6 +113,6 @@ def _circumstances(observer: Observer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _leave(directory: Path, observer: Observer, run: Run) -> Path:
+def _leave(directory: Path, observer: Observer, run: Run, output: Path | None = None) -> Path:
     save_run(directory, run, observer.measurements)
-    return write_report(directory)
+    return write_report(directory, output)

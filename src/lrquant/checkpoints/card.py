@@ -1,5 +1,7 @@
 """The model card written beside a checkpoint, with the metadata block that the hub reads."""
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -33,6 +35,17 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 {attention}{dense}The whole recipe is in `recipe.yaml`.
 """
 
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether `name` reads like USER/NAME on the hub and is no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
 
 def model_card(
     base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction, auto: str
@@ -56,11 +69,21 @@ def model_card(
             "can hold: they are stored dense, in floating point, as the values they were rounded to. This checkpoint "
             "shows what that would be worth; it saves no space.\n\n"
         )
-    metadata = {
-        "base_model": base,
-        "base_model_relation": "quantized",
-        "library_name": "transformers",
-        "tags": ["lrquant", "compressed-tensors", recipe.format_name.split()[0].lower()],
+    metadata: dict[str, Any] = {"library_name": "transformers"}
+    if _on_the_hub(base):  # the hub refuses a card whose base_model is none of its own
+        metadata = {"base_model": base, "base_model_relation": "quantized"} | metadata
+    if auto in _TASKS:
+        metadata["pipeline_tag"] = _TASKS[auto]
+    metadata |= {
+        "quantized_by": "lrquant",
+        "quantization": recipe.format_name,
+        "tags": [
+            "lrquant",
+            "compressed-tensors",
+            "quantized",
+            recipe.format_name.split()[0].lower(),
+            f"{recipe.wbits}-bit",
+        ],
     }
     return _CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False),

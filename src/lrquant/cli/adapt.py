@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lrquant.cli import console
-from lrquant.cli.quantize import Device, Init, JsonFile, Trust
+from lrquant.cli.hub import check_can_push, push
+from lrquant.cli.quantize import Device, Init, JsonFile, LogTo, Private, PushToHub, Report, Trust
+from lrquant.cli.reporting import command_line, metrics_of
+from lrquant.cli.tracking import tracking
 
 if TYPE_CHECKING:
     from lrquant.evaluation import Perplexity
+
+REPORT_WINDOWS = 32  # of the text, when no evaluation is asked for
 
 
 def adapt(
@@ -33,15 +38,25 @@ def adapt(
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
     device: Device = "auto",
     json: JsonFile = None,
+    report: Report = True,
+    log_to: LogTo = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Adapt QUANTIZED to an unlabelled test set; the result is a new checkpoint, and QUANTIZED stays as it is."""
     console.check_json_path(json)
+    if push_to_hub:
+        check_can_push(push_to_hub)
 
     from lrquant.adaptation import adapt
     from lrquant.api import evaluate
+    from lrquant.report.observer import Observer
+    from lrquant.watching import Watchers
 
-    with console.watching("adapting") as progress:
+    observer = Observer() if report else None
+    settings = {"quantized": quantized, "reference": reference, "data": data, "blocks": blocks, "epochs": epochs}
+    with console.watching("adapting") as progress, tracking(log_to or (), save_dir.name, settings) as trackers:
         adapted = adapt(
             quantized,
             reference,
@@ -53,22 +68,34 @@ def adapt(
             nsamples,
             seqlen,
             device,
-            progress,
+            Watchers(progress, *trackers, *([observer] if observer else [])),
             trust_remote_code,
         )
 
-    def measure(path: str) -> dict[str, "Perplexity"]:
-        with console.status(f"Measuring perplexity of {path}"):
+    def measure(path: str, texts: Sequence[str], most: int | None) -> dict[str, "Perplexity"]:
+        with console.counting(f"Measuring perplexity of {path}") as told:
             return evaluate(
                 path,
-                eval_ppl or (),
+                texts,
                 adapted.recipe.seqlen,
-                limit_windows,
+                most,
                 device=device,
                 trust_remote_code=trust_remote_code,
+                told=told,
             )
 
-    before, after = measure(quantized), measure(str(save_dir))
+    before = measure(quantized, eval_ppl or (), limit_windows)
+    after = measure(str(save_dir), eval_ppl or (), limit_windows)
+    if observer is not None:
+        from lrquant.api_report import report_adapted
+        from lrquant.models import pick_device
+
+        shown = before, after
+        if not before:  # the report shows windows of the text itself in any case
+            shown = measure(quantized, [data], REPORT_WINDOWS), measure(str(save_dir), [data], REPORT_WINDOWS)
+        with console.status("Drawing the report"):
+            metrics = metrics_of(*shown)
+            report_adapted(adapted, observer, quantized, reference, command_line(), pick_device(device), metrics)
     rows = [[f"perplexity {name}", f"{before[name].value:.3f}", f"{after[name].value:.3f}"] for name in before]
     rows += [
         [f"block {record.index}, loss ({record.outcome})", f"{record.initial_loss:.4g}", f"{record.final_loss:.4g}"]
@@ -90,6 +117,10 @@ def adapt(
             "recipe": adapted.recipe.model_dump(),
         },
     )
+    if push_to_hub:
+        with console.status(f"Uploading to {push_to_hub}"):
+            address = push(save_dir, push_to_hub, private)
+        console.note(f"uploaded: {address}")
 
 
 def perplexity_after_adaptation(

@@ -1,8 +1,13 @@
-"""Everything printed for people: results on standard output, progress and errors on standard error."""
+"""Everything printed for people: results on standard output, progress and errors on standard error.
+
+`--quiet` leaves results and errors; `--log-file` gets all of it as plain lines with the time, whatever is shown.
+Colour and moving bars are rich's decision: none without a terminal, no colour under NO_COLOR.
+"""
 
 import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lrquant.errors import UsageError
 from lrquant.watching import Watcher
@@ -19,6 +25,57 @@ if TYPE_CHECKING:
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+log = logging.getLogger("lrquant.console")
+log.propagate = False
+log.addHandler(logging.NullHandler())
+
+
+@contextmanager
+def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
+    """Within, progress and notes are left out when `quiet`, and every line goes to the end of `log_file` too.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    before, log.level = (progress.quiet, log.level), logging.INFO
+    progress.quiet = quiet
+    handler: logging.Handler = logging.NullHandler()
+    if log_file is not None:
+        try:
+            handler = logging.FileHandler(log_file, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--log-file {log_file}: cannot be written ({error.strerror})") from None
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        log.info("Error: %s", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+        progress.quiet, log.level = before
+
+
+class _Progress:
+    """Progress and remarks, on standard error; silent while `quiet`."""
+
+    quiet = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether bars may be drawn."""
+        return err.is_terminal and not self.quiet
+
+    def line(self, text: str) -> None:
+        """A line for people who watch without a terminal; the log has it in any case."""
+        log.info("%s", text)
+        if not self.quiet and not err.is_terminal:
+            err.print(text, markup=False, soft_wrap=True)
+
+
+progress = _Progress()
 
 
 def error(line: str) -> None:
@@ -26,18 +83,30 @@ def error(line: str) -> None:
     err.print(" ".join(line.split()), markup=False, soft_wrap=True)
 
 
+def say(line: str) -> None:
+    """A line that is no result."""
+    log.info("%s", line)
+    if not progress.quiet:
+        out.print(line, markup=False, soft_wrap=True)
+
+
 def note(line: str) -> None:
-    out.print(f"Note: {line}", markup=False, soft_wrap=True)
+    say(f"Note: {line}")
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table whose first column is text and whose others are numbers."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
+    """A table; columns in `words` hold text, the others numbers."""
     shown = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
-        shown.add_column(column, justify="left" if index == 0 else "right")
+        shown.add_column(column, justify="left" if index in words else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(Text(cell) for cell in row))
     out.print(shown)
+    log.info("%s", title)
+    for row in rows:
+        log.info(
+            "%s", ", ".join(f"{column}: {cell}" if column else cell for column, cell in zip(columns, row, strict=True))
+        )
 
 
 def megabytes(count: float) -> str:
@@ -64,22 +133,12 @@ class BlockProgress(Watcher):
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=err,
-            transient=True,
-        )
+        self.bar = _bar(TextColumn("{task.fields[loss]}"))
         self.blocks = self.steps = 0
 
     def started(self, blocks: int, epochs: int) -> None:
         self.blocks, self.steps = blocks, max(1, epochs)
-        if err.is_terminal:
+        if progress.moves:
             self.bar.start()
         self.task = self.bar.add_task(self.title, total=blocks * self.steps, loss="")
 
@@ -89,12 +148,10 @@ class BlockProgress(Watcher):
     def block_done(self, record: "BlockRecord") -> None:
         done = record.index + 1
         self.bar.update(self.task, completed=done * self.steps)
-        if not err.is_terminal:
-            err.print(
-                f"{self.title}: block {done}/{self.blocks}, loss {record.initial_loss:.4g} -> {record.final_loss:.4g} "
-                f"({record.outcome}), cosine {record.cosine:.5f}, {record.seconds:.1f} s",
-                soft_wrap=True,
-            )
+        progress.line(
+            f"{self.title}: block {done}/{self.blocks}, loss {record.initial_loss:.4g} -> {record.final_loss:.4g} "
+            f"({record.outcome}), cosine {record.cosine:.5f}, {record.seconds:.1f} s"
+        )
         if done == self.blocks:
             self.stop()
 
@@ -103,23 +160,66 @@ class BlockProgress(Watcher):
             self.bar.stop()
 
 
+def _bar(*extra: TextColumn) -> Progress:
+    """A bar with time left that vanishes when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *extra,
+        console=err,
+        transient=True,
+    )
+
+
 @contextmanager
 def watching(title: str) -> Iterator[BlockProgress]:
     """A `BlockProgress` that leaves the terminal clean whatever happens."""
-    progress = BlockProgress(title)
+    watched = BlockProgress(title)
     try:
-        yield progress
+        yield watched
     finally:
-        progress.stop()
+        watched.stop()
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that tells (number just done, total of this piece); a plain line at the end without a terminal.
+
+    Several pieces, such as texts one after another, add up.
+    """
+    began = time.perf_counter()
+    bar = _bar()
+    task = bar.add_task(title, total=0)
+    left = 0
+
+    def told(done: int, total: int) -> None:
+        nonlocal left
+        if left == 0:  # a new piece
+            left = total
+            bar.update(task, total=(bar.tasks[0].total or 0) + total)
+        left -= done
+        bar.advance(task, done)
+
+    if progress.moves:
+        bar.start()
+    try:
+        yield told
+    finally:
+        bar.stop()
+    progress.line(f"{title}: {time.perf_counter() - began:.1f} s")
 
 
 @contextmanager
 def status(line: str) -> Iterator[None]:
     """A spinner while something short goes on; a plain line without a terminal."""
     began = time.perf_counter()
-    if err.is_terminal:
+    if progress.moves:
         with err.status(line):
             yield
     else:
         yield
-        err.print(f"{line}: {time.perf_counter() - began:.1f} s", soft_wrap=True)
+    progress.line(f"{line}: {time.perf_counter() - began:.1f} s")

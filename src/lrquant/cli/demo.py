@@ -11,12 +11,14 @@ import typer
 
 from lrquant.cli import console
 from lrquant.cli.quantize import JsonFile
+from lrquant.cli.reporting import leave_demo_report, metrics_of
 
 if TYPE_CHECKING:
     from lrquant.evaluation import Perplexity
 
 MODEL = "zoo:llama"
 TEXTS = ("zoo:pydoc", "zoo:pycode")
+KEPT = "lrquant"  # the method whose checkpoint is written, read back and reported
 METHODS = ("rtn", "smoothquant", "omniquant", "lrquant")
 SETTINGS: dict[str, Any] = {"wbits": 4, "abits": 4, "calibration": "zoo:pydoc", "nsamples": 32, "seqlen": 256}
 LEARNING: dict[str, Any] = {"epochs": 5, "batch_size": 4}
@@ -41,35 +43,53 @@ def demo(
         return
 
     from lrquant.api import evaluate, quantize
+    from lrquant.models import pick_device
     from lrquant.recipe import Recipe
+    from lrquant.report.observer import Observer
+    from lrquant.watching import Watchers
 
-    console.out.print(
+    console.say(
         f"Quantizing the bundled model ({MODEL}) to 4-bit weights and activations, "
         f"{SETTINGS['nsamples']} calibration samples of {SETTINGS['seqlen']} tokens."
     )
     began = time.perf_counter()
 
     def measure(model: Any, tokenizer: Any = None) -> dict[str, "Perplexity"]:
-        with console.status("Measuring perplexity"):
-            return evaluate(model, TEXTS, SETTINGS["seqlen"], WINDOWS, tokenizer=tokenizer)
+        with console.counting("Measuring perplexity") as told:
+            return evaluate(model, TEXTS, SETTINGS["seqlen"], WINDOWS, tokenizer=tokenizer, told=told)
 
     results: dict[str, dict[str, Any]] = {}
     full = measure(MODEL)
     results["full precision"] = _row(full, 16.0, 0.0, 0.0)
     with tempfile.TemporaryDirectory() as temporary:
         kept = save_dir or Path(temporary) / "llama-w4a4"
+        observer = Observer()
         for method in METHODS:
             recipe = Recipe.preset(method, **SETTINGS, seed=seed)
             if recipe.learns:
                 recipe = recipe.changed(**LEARNING)
             with console.watching(method) as progress:
-                quantized = quantize(MODEL, recipe, save_dir=kept if method == "lrquant" else None, watcher=progress)
+                target, watcher = (kept, Watchers(progress, observer)) if method == KEPT else (None, progress)
+                quantized = quantize(MODEL, recipe, save_dir=target, watcher=watcher)
             results["full precision"]["megabytes"] = quantized.sizes.bf16_bytes / 1e6
+            if method == KEPT:
+                shown = quantized
             # LRQuant is measured as it comes back from disk; the others as they are in memory.
-            measured = measure(str(kept)) if method == "lrquant" else measure(quantized.model, quantized.tokenizer)
+            measured = measure(str(kept)) if method == KEPT else measure(quantized.model, quantized.tokenizer)
             sizes = quantized.sizes
             results[method] = _row(measured, sizes.bits_per_weight, sizes.checkpoint_bytes / 1e6, quantized.seconds)
+            if method == KEPT:
+                after = measured
         text = _generate(str(kept))
+        page = leave_demo_report(
+            shown,
+            observer,
+            MODEL,
+            pick_device("auto"),
+            metrics_of(full, after),
+            [(method, row["perplexity"], row) for method, row in results.items()],
+            save_dir,
+        )
     names = list(full)
     console.table(
         f"W4A4 on held-out text, {WINDOWS} windows of {SETTINGS['seqlen']} tokens (perplexity: lower is better)",
@@ -85,12 +105,12 @@ def demo(
             for method, row in results.items()
         ],
     )
-    console.out.print("The LRQuant model, loaded from disk by plain transformers, continues:")
-    console.out.print(text, markup=False)
+    console.say("The LRQuant model, loaded from disk by plain transformers, continues:")
+    console.say(text)
     if save_dir:
         console.note(f'the checkpoint is in {save_dir}: AutoModelForCausalLM.from_pretrained("{save_dir}") loads it')
     seconds = time.perf_counter() - began
-    console.out.print(f"{seconds:.0f} seconds in all.")
+    console.say(f"{seconds:.0f} seconds in all; what happened, in pictures: {page}")
     console.write_json(json, {"model": MODEL, "seconds": seconds, "methods": results, "generated": text})
 
 

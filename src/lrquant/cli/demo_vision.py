@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.cli import console
+from lrquant.cli.reporting import leave_demo_report
 from lrquant.errors import UsageError
 
 METHODS = ("rtn", "smoothquant", "omniquant", "lrquant", "lrquant+")
@@ -61,7 +62,11 @@ def demo_vision(name: str, save_dir: Path | None, seed: int, json: Path | None) 
     if name not in SIGHTS:
         raise UsageError(f"no demo of {name!r}: there are zoo:llama, {', '.join(SIGHTS)}")
     from lrquant.api import quantize
+    from lrquant.models import pick_device
     from lrquant.recipe import Recipe
+    from lrquant.report.observer import Observer
+    from lrquant.report.run import Metric
+    from lrquant.watching import Watchers
 
     sight = SIGHTS[name]
     settings: dict[str, Any] = {
@@ -71,9 +76,7 @@ def demo_vision(name: str, save_dir: Path | None, seed: int, json: Path | None) 
         "nsamples": 32,
         "towers": sight.towers,
     }
-    console.out.print(
-        f"Quantizing the bundled model ({name}) to 4-bit weights and activations, 32 calibration samples."
-    )
+    console.say(f"Quantizing the bundled model ({name}) to 4-bit weights and activations, 32 calibration samples.")
     began = time.perf_counter()
 
     def measure(model: Any, processor: Any = None) -> tuple[float, float]:
@@ -84,19 +87,29 @@ def demo_vision(name: str, save_dir: Path | None, seed: int, json: Path | None) 
     results: dict[str, dict[str, Any]] = {"full precision": _row(sight, first, second, 16.0, 0.0, 0.0)}
     with tempfile.TemporaryDirectory() as temporary:
         kept = save_dir or Path(temporary) / "w4a4"
+        observer = Observer()
         for method in METHODS:
             recipe = Recipe.preset(method, **settings, seed=seed)
             if recipe.learns:
                 recipe = recipe.changed(**LEARNING)
             with console.watching(method) as progress:
-                quantized = quantize(name, recipe, save_dir=kept if method == KEPT else None, watcher=progress)
+                target, watcher = (kept, Watchers(progress, observer)) if method == KEPT else (None, progress)
+                quantized = quantize(name, recipe, save_dir=target, watcher=watcher)
             results["full precision"]["megabytes"] = quantized.sizes.bf16_bytes / 1e6
             measured = measure(str(kept)) if method == KEPT else measure(quantized.model, quantized.tokenizer)
             sizes = quantized.sizes
             results[method] = _row(
                 sight, *measured, sizes.bits_per_weight, sizes.checkpoint_bytes / 1e6, quantized.seconds
             )
+            if method == KEPT:
+                shown, after = quantized, measured
         answer = _answer(str(kept)) if name == "zoo:llava" else None
+        metrics = [
+            Metric(name=column, before=before, after=value, better="lower" if "perplexity" in column else "higher")
+            for column, before, value in zip(sight.columns, (first, second), after, strict=True)
+        ]
+        rows = [(method, {column: row[column] for column in sight.columns}, row) for method, row in results.items()]
+        page = leave_demo_report(shown, observer, name, pick_device("auto"), metrics, rows, save_dir)
     console.table(
         f"W4A4 on {sight.limit} held-out samples of {sight.heldout}",
         ["method", *sight.columns, "bits/weight", "size", "seconds"],
@@ -112,13 +125,11 @@ def demo_vision(name: str, save_dir: Path | None, seed: int, json: Path | None) 
         ],
     )
     if answer:
-        console.out.print(
-            f"The LRQuant model, loaded from disk by plain transformers, is asked: {answer}", markup=False
-        )
+        console.say(f"The LRQuant model, loaded from disk by plain transformers, is asked: {answer}")
     if save_dir:
         console.note(f"the checkpoint is in {save_dir}")
     seconds = time.perf_counter() - began
-    console.out.print(f"{seconds:.0f} seconds in all.")
+    console.say(f"{seconds:.0f} seconds in all; what happened, in pictures: {page}")
     console.write_json(json, {"model": name, "seconds": seconds, "methods": results, "generated": answer})
 
 

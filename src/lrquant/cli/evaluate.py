@@ -64,8 +64,8 @@ def evaluate(
     loaded = load(model, compute_dtype(dtype.value, pick_device(device)), trust_remote_code)
     measured = {}
     if ppl:
-        with console.status("Measuring perplexity"):
-            measured = measure(loaded, ppl, seqlen, limit_windows, tokenizer, device)
+        with console.counting("Measuring perplexity") as told:
+            measured = measure(loaded, ppl, seqlen, limit_windows, tokenizer, device, told=told)
     by_task = measure_tasks(loaded, tokenizer, wanted, num_fewshot, limit, device)
     seconds = time.perf_counter() - began
     if measured:

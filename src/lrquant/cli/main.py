@@ -9,9 +9,14 @@ import typer
 
 from lrquant.cli import console
 from lrquant.cli.adapt import adapt
+from lrquant.cli.compare import compare
 from lrquant.cli.demo import demo
+from lrquant.cli.doctor import doctor
 from lrquant.cli.evaluate import evaluate
+from lrquant.cli.info import info
+from lrquant.cli.options import with_output_options
 from lrquant.cli.quantize import quantize
+from lrquant.cli.report import report
 from lrquant.errors import LrquantError
 
 app = typer.Typer(
@@ -21,10 +26,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize")(quantize)
-app.command("adapt")(adapt)
-app.command("eval")(evaluate)
-app.command("demo")(demo)
+for name, command in (
+    ("quantize", quantize),
+    ("adapt", adapt),
+    ("eval", evaluate),
+    ("demo", demo),
+    ("report", report),
+    ("info", info),
+    ("compare", compare),
+    ("doctor", doctor),
+):
+    app.command(name)(with_output_options(command))
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrquant.cli import console
+from lrquant.cli.completion import calibration_names, method_names, model_names
+from lrquant.cli.hub import check_can_push, push
+from lrquant.cli.reporting import command_line, metrics_of
+from lrquant.cli.tracking import Tracker, tracking
 from lrquant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +47,10 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.", autocompletion=model_names),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
@@ -54,6 +61,14 @@ NumFewshot = Annotated[
     int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html beside the result.")]
+LogTo = Annotated[
+    list[Tracker] | None, typer.Option(help="Also write scalars there, by its own package; may be repeated.")
+]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="USER/NAME", help="Then upload the result to this repository of the hub.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository a private one.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
@@ -61,7 +76,12 @@ def quantize(
     model: Model,
     save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the quantized checkpoint goes: a new folder.")],
     method: Annotated[
-        str | None, typer.Option(help="rtn, smoothquant, omniquant, lrquant or lrquant+.", show_default="lrquant")
+        str | None,
+        typer.Option(
+            help="rtn, smoothquant, omniquant, lrquant or lrquant+.",
+            show_default="lrquant",
+            autocompletion=method_names,
+        ),
     ] = None,
     lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
     paper_exact: Annotated[
@@ -79,6 +99,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAME|PATH",
+            autocompletion=calibration_names,
             help="wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder; for models that see, a folder of "
             "pictures, zoo:shapes or a data set on the hub, a .jsonl file of pictures with text, zoo:shapes-vqa.",
         ),
@@ -159,6 +180,10 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
     ] = None,
     json: JsonFile = None,
+    report: Report = True,
+    log_to: LogTo = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
@@ -199,44 +224,64 @@ def quantize(
     if tta and not eval_ppl:
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
 
+    if push_to_hub:
+        check_can_push(push_to_hub)
+
     from lrquant.api import evaluate, quantize
     from lrquant.checkpoints import load_statistics, save_statistics_file
     from lrquant.cli.adapt import perplexity_after_adaptation
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
+    from lrquant.report.observer import Observer
+    from lrquant.watching import Watchers
 
     wanted = split_tasks(tasks)
     given = load_statistics(statistics) if statistics else None
-    with console.watching(f"{chosen.method} {chosen.format_name}") as progress:
+    observer = Observer() if report else None
+    title = f"{chosen.method} {chosen.format_name}"
+    with console.watching(title) as progress, tracking(log_to or (), save_dir.name, chosen.model_dump()) as trackers:
         quantized = quantize(
             model,
             chosen,
             save_dir=save_dir,
             device=device,
-            watcher=progress,
+            watcher=Watchers(progress, *trackers, *([observer] if observer else [])),
             statistics=given,
             trust_remote_code=trust_remote_code,
         )
-    if save_statistics:
-        save_statistics_file(save_statistics, quantized.result.statistics)
-    measured = {}
-    if eval_ppl:
-        with console.status("Measuring perplexity"):
-            measured = evaluate(
-                quantized.model,
-                eval_ppl,
-                quantized.recipe.seqlen,
-                limit_windows,
-                tokenizer=quantized.tokenizer,
-                device=device,
-            )
-    adapted = {}
-    if tta:
-        texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
-        adapted = perplexity_after_adaptation(save_dir, model, texts, quantized.recipe.seqlen, limit_windows, device)
-    by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, limit, device)
-    show(quantized, measured, adapted)
+        if save_statistics:
+            save_statistics_file(save_statistics, quantized.result.statistics)
+        measured, original = {}, {}
+        if eval_ppl:
+            how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+            window = quantized.recipe.seqlen
+            with console.counting("Measuring perplexity") as told:
+                measured = evaluate(
+                    quantized.model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how
+                )
+                original = evaluate(model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how)
+        adapted = {}
+        if tta:
+            texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
+            window = quantized.recipe.seqlen
+            adapted = perplexity_after_adaptation(save_dir, model, texts, window, limit_windows, device)
+        by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, limit, device)
+        for tracker in trackers:
+            tracker.results({f"perplexity {name}": result.value for name, result in measured.items()})
+    if observer is not None:
+        from lrquant.api_report import report_quantized
+        from lrquant.models import pick_device
+
+        with console.status("Drawing the report"):
+            metrics = metrics_of(original, measured, by_task)
+            report_quantized(quantized, observer, model, command_line(), pick_device(device), metrics)
+    show(quantized, measured, adapted, original, save_dir / "report.html" if report else None)
     show_tasks(by_task)
-    console.write_json(json, {"model": model, **figures(quantized, measured, adapted), "tasks": by_task.results})
+    values = figures(quantized, measured, adapted, original)
+    console.write_json(json, {"model": model, **values, "tasks": by_task.results})
+    if push_to_hub:
+        with console.status(f"Uploading to {push_to_hub}"):
+            address = push(save_dir, push_to_hub, private)
+        console.note(f"uploaded: {address}")
 
 
 def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: dict[str, Any]) -> "Recipe":
@@ -249,7 +294,13 @@ def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: d
     return Recipe.from_yaml(file).changed(**changes)
 
 
-def show(quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]) -> None:
+def show(
+    quantized: "Quantized",
+    measured: dict[str, "Perplexity"],
+    adapted: dict[str, "Perplexity"],
+    original: dict[str, "Perplexity"] | None = None,
+    page: Path | None = None,
+) -> None:
     """What a person wants to know of a finished run."""
     sizes = quantized.sizes
     rows = [
@@ -259,11 +310,12 @@ def show(quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dic
         ["time", f"{quantized.seconds:.1f} s"],
         ["peak memory", console.megabytes(quantized.peak_memory_bytes)],
     ]
-    rows += [
-        [f"perplexity {name}", f"{result.value:.3f} ({result.windows} windows of {result.seqlen})"]
-        for name, result in measured.items()
-    ]
+    for name, result in measured.items():
+        before = f", {original[name].value:.3f} before" if original else ""
+        rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
     rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
+    if page:
+        rows.append(["what happened, in pictures", str(page)])
     recipe = quantized.recipe
     console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
     for line in quantized.notes:
@@ -271,7 +323,10 @@ def show(quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dic
 
 
 def figures(
-    quantized: "Quantized", measured: dict[str, "Perplexity"], adapted: dict[str, "Perplexity"]
+    quantized: "Quantized",
+    measured: dict[str, "Perplexity"],
+    adapted: dict[str, "Perplexity"],
+    original: dict[str, "Perplexity"] | None = None,
 ) -> dict[str, Any]:
     """Everything that `show` shows, and the blocks' records, for programs."""
     import platform
@@ -292,6 +347,7 @@ def figures(
         "ratio_to_bf16": sizes.ratio,
         "bits_per_weight": sizes.bits_per_weight,
         "perplexity": {name: result.value for name, result in measured.items()},
+        "original_perplexity": {name: result.value for name, result in (original or {}).items()},
         "adapted_perplexity": {name: result.value for name, result in adapted.items()},
         "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
         "notes": quantized.notes,

@@ -48,8 +48,8 @@ def stands_out(block: Block) -> str:
     told = [reasons[block.outcome]] if block.outcome in reasons else []
     if block.recoveries:
         told.append(f"met a non-finite loss {block.recoveries}×, set back")
-    if block.errors is None:
-        told.append("restored from an earlier run, not measured")
+    if block.restored:
+        told.append("restored from an interrupted run, not looked into again")
     return "; ".join(told)
 
 

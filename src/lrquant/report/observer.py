@@ -81,9 +81,10 @@ class Observer(Watcher):
         self._begun = None
 
     def block_done(self, record: BlockRecord) -> None:
-        if not self.blocks or self.blocks[-1].index != record.index:  # a block that was restored, not computed
+        if not self.blocks or self.blocks[-1].index != record.index:  # a resumed run did not even pass through it
             self.blocks.append(Block(index=record.index, path=f"block {record.index}", outcome=record.outcome))
         block = self.blocks[-1]
+        block.restored = not block.sensitivity and record.outcome != "kept present"
         block.outcome, block.recoveries, block.seconds = record.outcome, record.recoveries, record.seconds
         block.initial_loss, block.final_loss = record.initial_loss, record.final_loss
         block.epoch_losses = record.epoch_losses

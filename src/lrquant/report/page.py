@@ -211,7 +211,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                     f"weights{block.index}",
                     figures.weights(block, measurements),
                     f"Weights of block {block.index} and their clipped range",
-                    "Logarithmic histograms. Lines: mean ends of the range that the grid covers; bands: four fifths of groups.",
+                    "Logarithmic histograms. Lines: mean ends of the range that the grid covers; bands: most groups.",
                 )
             )
     return [

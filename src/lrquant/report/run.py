@@ -6,14 +6,14 @@ The folder of its own is deliberate: servers load every `*.safetensors` that lie
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from lrquant.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER, RUN_FILE, MEASUREMENTS_FILE, PAGE = "report", "run.json", "measurements.safetensors", "report.html"
 
@@ -70,8 +70,9 @@ class Block(_Kept):
     final_loss: float | None = None
     epoch_losses: list[float] = Field(default_factory=list)
     recoveries: int = 0
+    restored: bool = False  # by a resumed run, which did not look inside
     seconds: float = 0.0
-    errors: Errors | None = None  # None: the block was not looked at, such as one restored by a resumed run
+    errors: Errors | None = None
     sensitivity: list[Sensitivity] = Field(default_factory=list)
     inputs: list[LinearInput] = Field(default_factory=list)
 
@@ -121,8 +122,10 @@ class Run(_Kept):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-def save_run(directory: Path, run: Run, measurements: Mapping[str, Tensor]) -> None:
+def save_run(directory: Path, run: Run, measurements: Mapping[str, "Tensor"]) -> None:
     """Write both files; each appears whole or not at all."""
+    from safetensors.torch import save_file
+
     folder = directory / FOLDER
     folder.mkdir(exist_ok=True)
     part = folder / f".{MEASUREMENTS_FILE}.part"
@@ -131,26 +134,37 @@ def save_run(directory: Path, run: Run, measurements: Mapping[str, Tensor]) -> N
     write_whole(folder / RUN_FILE, run.model_dump_json(indent=1) + "\n")
 
 
-def load_run(directory: Path) -> tuple[Run, dict[str, Tensor]]:
-    """What `save_run` wrote.
+def read_run(directory: Path) -> Run:
+    """The numbers that `save_run` wrote; imports nothing heavy.
 
     Raises:
         UsageError: nothing of that kind lies there, or it is damaged.
     """
-    folder = directory / FOLDER
-    if not (folder / RUN_FILE).is_file():
-        raise UsageError(
-            f"{directory}: no report data here ({FOLDER}/{RUN_FILE}); lrquant quantize, adapt and demo leave it"
-        )
+    path = directory / FOLDER / RUN_FILE
+    if not path.is_file():
+        raise UsageError(f"{directory}: no report data here ({FOLDER}/{RUN_FILE}); quantize, adapt and demo leave it")
     try:
-        run = Run.model_validate_json((folder / RUN_FILE).read_bytes())
-        return run, load_file(folder / MEASUREMENTS_FILE)
+        return Run.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UsageError(f"{folder / RUN_FILE}: not a run's data ({where}: {first['msg']})") from None
+        raise UsageError(f"{path}: not a run's data ({where}: {first['msg']}); run it again") from None
+
+
+def load_run(directory: Path) -> tuple[Run, dict[str, "Tensor"]]:
+    """Everything that `save_run` wrote.
+
+    Raises:
+        UsageError: nothing of that kind lies there, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    run, path = read_run(directory), directory / FOLDER / MEASUREMENTS_FILE
+    try:
+        return run, load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{folder / MEASUREMENTS_FILE}: cannot be read ({error})") from None
+        raise UsageError(f"{path}: cannot be read ({error}); run it again") from None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -1,0 +1,24 @@
+"""What the shell offers behind <TAB>: names that are known without loading anything heavy."""
+
+from pathlib import Path
+
+_ZOO_MODELS = Path(__file__).parents[1] / "zoo" / "models"
+
+
+def _starting(incomplete: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def model_names(incomplete: str) -> list[str]:
+    """The zoo's models, and folders that hold one."""
+    zoo = [f"zoo:{path.name}" for path in sorted(_ZOO_MODELS.iterdir()) if path.is_dir()]
+    return _starting(incomplete, [*zoo, *(str(path.parent) for path in sorted(Path.cwd().glob("*/config.json")))])
+
+
+def method_names(incomplete: str) -> list[str]:
+    return _starting(incomplete, ["rtn", "smoothquant", "omniquant", "lrquant", "lrquant+"])
+
+
+def calibration_names(incomplete: str) -> list[str]:
+    names = ["wikitext2", "ptb", "c4", "zoo:pydoc", "zoo:pycode", "zoo:shapes", "zoo:shapes-vqa"]
+    return _starting(incomplete, names)

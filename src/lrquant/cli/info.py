@@ -1,0 +1,241 @@
+"""`lrquant info`: what a checkpoint is, read from its configuration and the headers of its weight files alone."""
+
+import json
+import math
+import re
+import struct
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from lrquant.cli import console
+from lrquant.cli.quantize import JsonFile
+from lrquant.errors import LrquantError, UsageError
+
+_MAX_HEADER = 100 << 20
+
+
+@dataclass
+class Facts:
+    """A checkpoint as its files describe it."""
+
+    path: str
+    model_type: str
+    architecture: str
+    base: str | None
+    method: str | None  # None: not written by lrquant
+    format: str  # W4A4, W4A16 g128
+    container: str
+    weights: str
+    activations: str
+    attention: str
+    calibration: str | None
+    bytes: int
+    parameters: int  # of quantized linears
+    bits_per_weight: float
+    quantized_linears: int
+    left_alone: list[str]  # linears that stay in floating point
+    runs: dict[str, str] = field(default_factory=dict)  # program → how
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def info(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
+    json: JsonFile = None,
+) -> None:
+    """Describe the quantized checkpoint DIR: method, format, bits, layers, and what it runs in."""
+    console.check_json_path(json)
+    facts = describe(directory)
+    rows = [
+        ["model", f"{facts.architecture} ({facts.model_type})"],
+        ["base model", facts.base or "unknown"],
+        ["method", facts.method or "unknown: not written by lrquant"],
+        ["format", f"{facts.format}, {facts.container}"],
+        ["weights", facts.weights],
+        ["activations", facts.activations],
+        ["queries, keys, values", facts.attention],
+        ["calibration", facts.calibration or "unknown"],
+        ["size", console.megabytes(facts.bytes)],
+        ["bits per quantized weight", f"{facts.bits_per_weight:.3f}, scales and zero points included"],
+        ["quantized linears", f"{facts.quantized_linears}, {facts.parameters / 1e6:.1f} million weights"],
+        ["left in floating point", ", ".join(facts.left_alone) or "none"],
+        *([f"runs in {program}", how] for program, how in facts.runs.items()),
+    ]
+    console.table(str(directory), ["", ""], rows, words=(0, 1))
+    console.write_json(json, facts.as_dict())
+
+
+def describe(directory: Path) -> Facts:
+    """Facts about the quantized checkpoint in `directory`.
+
+    Raises:
+        UsageError: there is none.
+        LrquantError: a file of it is damaged.
+    """
+    if not (directory / "config.json").is_file():
+        what = "this folder has no config.json, so it is not a model" if directory.is_dir() else "no such folder"
+        raise UsageError(f"{directory}: {what}")
+    config = _read_json(directory / "config.json")
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") not in ("compressed-tensors", "lrquant"):
+        raise UsageError(f"{directory}: not a compressed-tensors checkpoint; lrquant quantize makes one from it")
+    groups = list((quantization.get("config_groups") or {}).values())
+    weights = next((group["weights"] for group in groups if group.get("weights")), None)
+    inputs = next((group["input_activations"] for group in groups if group.get("input_activations")), None)
+    recipe = _read_yaml(directory / "recipe.yaml")
+    card = _card_metadata(directory / "README.md")
+    tensors, size = _tensors(directory)
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_scale", ".weight_packed"))}
+    parameters, bits = 0, 0
+    for linear in packed:
+        parameters += tensors[
+            f"{linear}.weight" if f"{linear}.weight" in tensors else f"{linear}.weight_shape"
+        ].elements
+        parts = [f"{linear}.weight{part}" for part in ("", "_packed", "_scale", "_zero_point")]
+        bits += sum(8 * tensors[part].bytes for part in parts if part in tensors)
+    wbits, abits = (weights or {}).get("num_bits", 16), (inputs or {}).get("num_bits", 16)
+    group_size = (weights or {}).get("group_size")
+    short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}" + (f" g{group_size}" if group_size else "")
+    attention = bool(recipe.get("quantize_attention")) and abits != 16
+    return Facts(
+        path=str(directory),
+        model_type=str(config.get("lrquant_base_model_type", config.get("model_type", "unknown"))),
+        architecture=", ".join(config.get("architectures") or ["unknown"]),
+        base=card.get("base_model") or _base_of_run(directory),
+        method=recipe.get("method"),
+        format=short,
+        container=f"{quantization['quant_method']} {quantization.get('format', '')}".strip(),
+        weights=_described(weights),
+        activations=_described(inputs),
+        attention=f"{abits} bits per token and head, in lrquant.load" if attention else "floating point",
+        calibration=_calibration(recipe),
+        bytes=size,
+        parameters=parameters,
+        bits_per_weight=bits / parameters if parameters else 16.0,
+        quantized_linears=len(packed),
+        left_alone=sorted({re.sub(r"\.\d+\.", ".*.", name) for name in quantization.get("ignore") or []}),
+        runs=runs_in(quantization, weights, inputs),
+    )
+
+
+def runs_in(
+    quantization: dict[str, Any], weights: dict[str, Any] | None, inputs: dict[str, Any] | None
+) -> dict[str, str]:
+    """Which programs read the checkpoint, and how they compute it."""
+    if quantization["quant_method"] == "lrquant":
+        return {
+            "transformers": "yes, after import lrquant (it adds the biases of the shift)",
+            "vLLM": "no: it does not know the added biases; quantize with --shift off",
+        }
+    if weights is None:
+        return {"transformers": "yes", "vLLM": "yes, in floating point (the weights are stored dense)"}
+    wbits, abits = weights.get("num_bits"), (inputs or {}).get("num_bits", 16)
+    simulated = "yes; weights are unpacked, activations rounded as calibrated: right answers, not faster"
+    if inputs is None:
+        vllm = "yes" if wbits in (4, 8) else f"no: its weight-only kernels take 4 and 8 bits, not {wbits}"
+        return {"transformers": "yes, weights unpacked while loading or running", "vLLM": vllm}
+    if wbits == abits == 8 and weights.get("symmetric"):
+        return {"transformers": simulated, "vLLM": "yes, with its int8 kernels"}
+    why = "8-bit activations need symmetric 8-bit weights there" if abits == 8 else f"no kernels for W{wbits}A{abits}"
+    return {"transformers": simulated, "vLLM": f"no: {why}"}
+
+
+def _described(args: dict[str, Any] | None) -> str:
+    if args is None:
+        return "floating point"
+    kind = args.get("type", "int")
+    where = {
+        "channel": "per output channel",
+        "group": f"per group of {args.get('group_size')}",
+        "token": "per token, range found at run time",
+        "tensor": "per tensor",
+    }.get(str(args.get("strategy")), str(args.get("strategy")))
+    return f"{kind}{args.get('num_bits')}, {'symmetric' if args.get('symmetric') else 'asymmetric'}, {where}"
+
+
+def _calibration(recipe: dict[str, Any]) -> str | None:
+    if "calibration" not in recipe:
+        return None
+    length = f" of {recipe['seqlen']} tokens" if recipe.get("seqlen") else ""
+    return f"{recipe.get('nsamples')} samples{length} of {recipe['calibration']}, seed {recipe.get('seed')}"
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    bytes: int
+    elements: int  # of a packed weight's shape entry: the elements of the weight
+
+
+def _tensors(directory: Path) -> tuple[dict[str, _Tensor], int]:
+    """Every tensor from the files' headers, and the bytes of all tensors.
+
+    A packed weight's own shape is a tensor beside it, two integers, the only values that are read.
+    """
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UsageError(f"{directory}: no *.safetensors files here")
+    found: dict[str, _Tensor] = {}
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > _MAX_HEADER:
+                    raise ValueError("its header is too long")
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                for name, entry in header.items():
+                    begin, end = entry["data_offsets"]
+                    shape = entry["shape"]
+                    if name.endswith("_shape"):
+                        file.seek(8 + length + begin)
+                        shape = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
+                    found[name] = _Tensor(end - begin, math.prod(shape))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise LrquantError(f"{path}: damaged ({error}); fetch or make it again") from None
+    return found, sum(tensor.bytes for tensor in found.values())
+
+
+def _base_of_run(directory: Path) -> str | None:
+    """The model that the report names; local ones are not in the card's metadata."""
+    from lrquant.report.run import FOLDER, RUN_FILE, read_run
+
+    if not (directory / FOLDER / RUN_FILE).is_file():
+        return None
+    run = read_run(directory)
+    return run.reference or run.model
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LrquantError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise LrquantError(f"{path}: not a configuration")
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A small YAML file beside the checkpoint; empty where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise LrquantError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return values if isinstance(values, dict) else {}
+
+
+def _card_metadata(path: Path) -> dict[str, Any]:
+    """The YAML block at the head of a model card."""
+    found = re.match(r"---\n(.*?)\n---", path.read_text(encoding="utf-8"), re.S) if path.is_file() else None
+    try:
+        values = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        values = {}
+    return values if isinstance(values, dict) else {}

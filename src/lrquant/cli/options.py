@@ -1,0 +1,36 @@
+"""Options that every working command has: how much is said, and where it is kept."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrquant.cli import console
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress.")]
+LogFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write everything that is said to the end of FILE.")
+]
+
+
+def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with --quiet and --log-file, in force while it runs."""
+    extra = {"quiet": (Quiet, False), "log_file": (LogFile, None)}
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        quiet, log_file = (given.pop(name) for name in extra)
+        with console.output(quiet, log_file):
+            command(**given)
+
+    signature = inspect.signature(command)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in extra.items()
+    ]
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = command.__annotations__ | {name: kind for name, (kind, _) in extra.items()}
+    return wrapped
