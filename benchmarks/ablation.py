@@ -48,6 +48,7 @@ def main(
     epochs: int = 5,
     batch_size: int = 4,
     windows: int = 64,
+    formats: Annotated[str, typer.Option(help="Only these formats, separated by commas.")] = ",".join(FORMATS),
     rows: Annotated[str, typer.Option(help="Only these rows, by number, as 0,1.")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Keep every single result here; results already there are not redone.")
@@ -59,6 +60,9 @@ def main(
     test = evaluation_ids(tokenizer, eval_ppl)
     calibration = [calibration_samples(tokenizer, calib, nsamples, seqlen, seed) for seed in range(seeds)]
     names = [name for index, name in enumerate(ROWS) if not rows or str(index) in rows.split(",")]
+    if unknown := set(formats.split(",")) - set(FORMATS):
+        raise typer.BadParameter(f"unknown formats {', '.join(sorted(unknown))}: there are {', '.join(FORMATS)}")
+    columns = {name: FORMATS[name] for name in formats.split(",")}
     settings = [model, calib, eval_ppl, nsamples, seqlen, epochs, batch_size, windows]
     kept = (
         json.loads(json_file.read_text()) if json_file and json_file.is_file() else {"settings": settings, "rows": {}}
@@ -66,12 +70,12 @@ def main(
     if kept["settings"] != settings:
         raise typer.BadParameter(f"{json_file} holds results of other settings, {kept['settings']}")
     results: dict[str, dict[str, list[float]]] = {row: kept["rows"].get(row, {}) for row in names}
-    total = sum(seeds - len(results[row].get(name, [])) for row in names for name in FORMATS)
+    total = sum(seeds - len(results[row].get(name, [])) for row in names for name in columns)
     done, began = 0, time.perf_counter()
     full = perplexity(original, test, seqlen, windows).value
     for seed in range(seeds):
         for row in names:
-            for name, bits in FORMATS.items():
+            for name, bits in columns.items():
                 values = results[row].setdefault(name, [])
                 if len(values) > seed:
                     continue
@@ -89,11 +93,11 @@ def main(
                     json_file.write_text(
                         json.dumps({"settings": settings, "full": full, "rows": merged}, indent=1) + "\n"
                     )
-    print(f"| perplexity on {eval_ppl}, mean ± deviation of {seeds} seeds | {' | '.join(FORMATS)} |")
-    print("|---|" + "---|" * len(FORMATS))
-    print(f"| full precision | {' | '.join([f'{full:.3f}'] * len(FORMATS))} |")
+    print(f"| perplexity on {eval_ppl}, mean ± deviation of {seeds} seeds | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
+    print(f"| full precision | {' | '.join([f'{full:.3f}'] * len(columns))} |")
     for row, cells in results.items():
-        print(f"| {row} | {' | '.join(map(cell, cells.values()))} |")
+        print(f"| {row} | {' | '.join(cell(cells[name]) for name in columns)} |")
 
 
 def cell(values: list[float]) -> str:

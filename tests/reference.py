@@ -18,6 +18,7 @@ def fake_quantize_weight(
     column: Tensor | None = None,  # (in,)
     clip_low: Tensor | None = None,  # (out, groups, 1)
     clip_high: Tensor | None = None,  # (out, groups, 1)
+    gain: Tensor | None = None,  # (out, 1, 1)
     offset: Tensor | None = None,  # (out, in)
     scale_dtype: torch.dtype = torch.float64,  # what the checkpoint holds
 ) -> Tensor:
@@ -48,4 +49,6 @@ def fake_quantize_weight(
         q = q + offset.view_as(groups)
     q = q.clamp(least, most)
     q = straight_through(q, q.round())
+    if gain is not None:
+        scale = straight_through(scale * gain, (scale * gain).to(scale_dtype).double())
     return ((q - zero) * scale).flatten(-2)

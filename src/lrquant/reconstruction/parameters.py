@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrquant.formats import Grid, Scheme, fake_quantize_weight, quantize_weight
+from lrquant.formats import Factors, Grid, Scheme, fake_quantize_weight, quantize_weight
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.storage import product_dtype
-from lrquant.transforms import Equivalence, materialize, reparameterize
+from lrquant.transforms import Equivalence, Reparameterized, materialize, reparameterize
 from lrquant.transforms.statistics import ChannelStatistics
 
 CLIP_LOGIT = 4.0  # sigmoid(4) = 0.982: nearly the whole range
@@ -91,38 +91,52 @@ def initial_rotation(fixed: BlockParameters, rank: int, generator: torch.Generat
     return learnables
 
 
-def _clip(learnables: Mapping[str, Tensor], linear: str, end: str) -> Tensor | None:
-    logits = learnables.get(f"{linear}.{end}")
-    return None if logits is None else logits.sigmoid()
+def _factors(changed: Reparameterized, learnables: Mapping[str, Tensor], linear: str) -> Factors:
+    """Everything that the learnables multiply a linear's weight by."""
+
+    def clip(end: str) -> Tensor | None:
+        logits = learnables.get(f"{linear}.{end}")
+        return None if logits is None else logits.sigmoid()
+
+    rotation = learnables.get(f"{linear}.rotation")
+    return Factors(
+        changed.row.get(linear),
+        changed.column.get(linear),
+        clip("clip_low"),
+        clip("clip_high"),
+        None if rotation is None else rotation[..., None],
+    )
 
 
-def _rotate(weight: Tensor, learnables: Mapping[str, Tensor], linear: str) -> Tensor:
-    if f"{linear}.rotation" in learnables:
-        return weight * learnables[f"{linear}.rotation"]
-    if f"{linear}.rotation_left" in learnables:
-        return weight * (learnables[f"{linear}.rotation_left"] @ learnables[f"{linear}.rotation_right"])
-    return weight
+def _rotation(learnables: Mapping[str, Tensor], linear: str) -> Tensor:
+    """R = r₁ r₂ of rank k > 1, (out, in)."""
+    return learnables[f"{linear}.rotation_left"] @ learnables[f"{linear}.rotation_right"]
 
 
 def quantized_parameters(
-    fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype
+    fixed: BlockParameters,
+    learnables: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    product: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The block's parameters with every linear transformed and fake-quantized, in `dtype`; differentiable."""
+    """The block's parameters with every linear transformed and fake-quantized, in `dtype`; differentiable.
+
+    `product`: another precision for the quantized weights, that of the matrix products.
+    """
     changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
     if fixed.grid is None:
         return {name: value.to(dtype) for name, value in materialize(fixed.tensors, changed).items()}
     result = {name: vector.to(fixed.storage_dtype).to(dtype) for name, vector in changed.vectors.items()}
     for linear in fixed.linears:
-        weight = fake_quantize_weight(
-            fixed.tensors[f"{linear}.weight"],
-            fixed.grid,
-            changed.row.get(linear),
-            changed.column.get(linear),
-            _clip(learnables, linear, "clip_low"),
-            _clip(learnables, linear, "clip_high"),
-            scale_dtype=fixed.storage_dtype,
-        )
-        result[f"{linear}.weight"] = _rotate(weight, learnables, linear).to(fixed.product_dtype).to(dtype)
+        name = f"{linear}.weight"
+        weight, factors = fixed.tensors[name], _factors(changed, learnables, linear)
+        if f"{linear}.rotation_left" in learnables:
+            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype)
+            result[name] = (weight * _rotation(learnables, linear)).to(fixed.product_dtype).to(dtype)
+        else:
+            result[name] = fake_quantize_weight(
+                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product or dtype
+            )
     return result
 
 
@@ -154,19 +168,10 @@ def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBl
     weights = {}
     for linear in fixed.linears:
         weight = quantize_weight(
-            dense.pop(f"{linear}.weight"),
-            fixed.grid,
-            changed.row.get(linear),
-            changed.column.get(linear),
-            _clip(learnables, linear, "clip_low"),
-            _clip(learnables, linear, "clip_high"),
-            scale_dtype=fixed.storage_dtype,
+            dense.pop(f"{linear}.weight"), fixed.grid, _factors(changed, learnables, linear), fixed.storage_dtype
         )
-        if f"{linear}.rotation" in learnables:
-            scale = (weight.scale * learnables[f"{linear}.rotation"]).to(fixed.storage_dtype).float()
-            weight = weight._replace(scale=scale)
-        elif f"{linear}.rotation_left" in learnables:
-            dense[f"{linear}.weight"] = _rotate(weight.dequantized(), learnables, linear)
+        if f"{linear}.rotation_left" in learnables:
+            dense[f"{linear}.weight"] = weight.dequantized() * _rotation(learnables, linear)
             continue
         weights[linear] = weight
     stored = {name: value.to(fixed.storage_dtype) for name, value in dense.items()}
