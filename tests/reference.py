@@ -38,8 +38,8 @@ def fake_quantize_weight(
         scale = torch.maximum(-low, high) / (steps / 2)
     else:
         scale = (high - low) / steps
-    scale = straight_through(scale, scale.to(scale_dtype).double()).clamp(min=1e-5)
-    scale = straight_through(scale, scale.to(scale_dtype).double())
+    scale = straight_through(scale, scale.to(scale_dtype).to(scale.dtype)).clamp(min=1e-5)
+    scale = straight_through(scale, scale.to(scale_dtype).to(scale.dtype))
     zero = torch.zeros_like(scale)
     if not symmetric:
         zero = (least - low / scale).clamp(least, most)
@@ -50,5 +50,5 @@ def fake_quantize_weight(
     q = q.clamp(least, most)
     q = straight_through(q, q.round())
     if gain is not None:
-        scale = straight_through(scale * gain, (scale * gain).to(scale_dtype).double())
+        scale = straight_through(scale * gain, (scale * gain).to(scale_dtype).to(scale.dtype))
     return ((q - zero) * scale).flatten(-2)

@@ -107,6 +107,7 @@ def quantize(
     result = reconstruct(
         model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), statistics, start_from
     )
+    recipe = result.recipe
     notes = _notes(family, recipe, result)
     _keep_activations_quantized(model, recipe, result)
     if target is not None:

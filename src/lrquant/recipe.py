@@ -75,6 +75,13 @@ class Recipe(BaseModel):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Decides samples and their order")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the computation")
+    products: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision of matrix products while learning; auto: bfloat16 where the machine is fast at it",
+    )
+    kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
+        "auto", description="How fake quantization runs while learning; all give the same integers"
+    )
 
     @field_validator("shift", mode="before")
     @classmethod

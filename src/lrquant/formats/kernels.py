@@ -104,7 +104,7 @@ def _chunks(x: Tensor, kernels: str) -> list[slice]:
 
 
 def _complete(x: Tensor, factors: Factors, how: Rounding) -> Factors:
-    """`factors` with ones for those that a weight lacks, so that one graph serves all weights; activations have none."""
+    """`factors` with ones for those that a weight lacks: one graph serves all weights. Activations have none."""
     if not any(factor is not None for factor in factors):
         return factors
     rows, width = x.shape

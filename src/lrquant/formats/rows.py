@@ -129,7 +129,7 @@ def gradients_of_rows(
     wanted: Sequence[bool],  # of x and the factors in their order
 ) -> Gradients:
     """See the file's formulas. What is not asked for costs nothing."""
-    row, column, clip_low, clip_high, gain, offset = factors
+    row, column, clip_low, clip_high, gain, _ = factors
     wants_x, wants_row, wants_column, wants_low, wants_high, wants_gain, wants_offset = wanted
     grid = how.grid
     y = scaled(x, factors, grid.group_size)

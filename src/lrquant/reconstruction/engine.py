@@ -31,6 +31,7 @@ from torch.func import functional_call
 from lrquant.architectures import Family, MultimodalFamily, Stage
 from lrquant.calibration.capture import BlockInputs, capture
 from lrquant.errors import LrquantError, UsageError
+from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.journal import FinishedBlock, Journal
@@ -47,6 +48,7 @@ from lrquant.reconstruction.parameters import (
 )
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.reconstruction.residence import Residence
+from lrquant.reconstruction.speed import matrix_products, settle
 from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.reconstruction.view import BlockView, Decided
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
@@ -59,6 +61,7 @@ from lrquant.watching import Watcher
 class Reconstruction:
     """What the engine leaves behind besides the model, whose blocks now hold the quantized values."""
 
+    recipe: Recipe  # as it was carried out: what it left to the machine is decided
     block_paths: list[str]  # in the order that data flows
     frozen: list[FrozenBlock] = field(default_factory=list)  # empty where a journal keeps them
     learned: list[Learnables] = field(default_factory=list)
@@ -122,10 +125,12 @@ def reconstruct(
             check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.group_size)
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
-    result = Reconstruction(paths, attention_quantized=attention_args is not None)
+    result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
     journal.open(len(paths))
     residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
+    blocks = [model.get_submodule(path) for path in paths]
+    recipe = result.recipe = settle(recipe, device, blocks, len(samples), inputs_of[0].hidden[0].shape[-2])
     watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
         if not residence.keeps and all(journal.finished(later) for later in range(place, len(paths))):
@@ -185,10 +190,10 @@ def reconstruct(
                     raise UsageError(f"saved parameters of {len(start_from)} blocks for a model of {len(paths)}")
                 start = _checked_start(start, start_from[place], place, device)
             input_args = linear_input_args(block, scheme.inputs, recipe, flat)
-            with quantized_activations(block, input_args, attention_args):
+            with quantized_activations(block, input_args, attention_args), kernels.using(recipe.kernels):
                 targets = [target_stream] if own_targets is None else [target_stream, own_targets]
                 learned = learn(
-                    run.forward_function(fixed, quantized_stream, targets),
+                    run.forward_function(fixed, quantized_stream, targets, recipe),
                     start,
                     len(samples),
                     batch,
@@ -488,13 +493,15 @@ class _Run:
         return total / len(stream)
 
     def forward_function(
-        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]], recipe: Recipe
     ) -> Forward:
         """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
         dtype = next(self.block.parameters()).dtype
+        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
         def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype))
+            with matrix_products(recipe, self.device):
+                output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
             return output, self._wanted(targets, chosen)
 
         return forward

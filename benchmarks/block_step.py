@@ -1,0 +1,232 @@
+"""Time and memory of learning one Llama block, beside a plain implementation of the same mathematics.
+
+    python benchmarks/block_step.py                                        # the bundled model's shapes
+    python benchmarks/block_step.py --shape llama-7b --tokens 2048 --whole 2560   # on a GPU
+
+Every row is the same block, the same samples and the same learnables. `plain` is what the tests check the engine by
+(tests/reference.py): a chain of differentiable operations in float32, every linear rounding its own input. The others
+are the engine's kernels, with matrix products in float32 or bfloat16. `--whole STEPS` also learns a whole block with
+that many steps, through the engine's own loop.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrquant import Recipe
+from lrquant.architectures import family_of
+from lrquant.calibration import capture
+from lrquant.formats import Factors, Grid, activations, kernels
+from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.reconstruction import parameters
+from lrquant.reconstruction.engine import _Run, enabled_equivalences, linear_input_args
+from lrquant.reconstruction.learning import learn, plain_loss
+from lrquant.reconstruction.parameters import BlockParameters, initial_clipping, initial_rotation, initial_smoothing
+from lrquant.reconstruction.speed import has_triton
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests import reference
+
+SHAPES = {  # hidden, intermediate, heads, heads of keys and values
+    "zoo": (256, 640, 8, 4),
+    "small": (1024, 2816, 16, 16),
+    "medium": (2048, 5504, 16, 16),
+    "llama-7b": (4096, 11008, 32, 32),
+    "llama-3-8b": (4096, 14336, 32, 8),
+}
+
+
+def plain_activation(x: Tensor, args: Any, out_dtype: torch.dtype | None = None) -> Tensor:
+    return reference.fake_quantize_weight(x, args.num_bits, args.symmetric, None, scale_dtype=x.dtype)
+
+
+def plain_weight(
+    weight: Tensor, grid: Grid, factors: Factors, scale_dtype: torch.dtype, *dtypes: torch.dtype
+) -> Tensor:
+    return reference.fake_quantize_weight(
+        weight, grid.bits, grid.symmetric, grid.group_size, *factors, scale_dtype=scale_dtype
+    )
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within, the engine computes as plainly as can be."""
+    with (
+        patch.object(activations, "fake_quantize", plain_activation),
+        patch.object(activations._Latest, "quantized", lambda self, x, args: plain_activation(x, args)),
+        patch.object(parameters, "fake_quantize_weight", plain_weight),
+    ):
+        yield
+
+
+def peak_of(profiler: profile) -> int:
+    """Largest sum of live bytes, counted from the profile's beginning."""
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def peak_memory(step: Callable[[], None], device: torch.device) -> int:
+    """Bytes that `step` takes above what is there when it begins."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    return peak_of(profiler)
+
+
+def seconds_of(step: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Median time of a step."""
+    taken = []
+    for _ in range(repeats):
+        synchronize(device)
+        began = time.perf_counter()
+        step()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ceiling(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a square matrix product, the most that this machine reaches."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    a @ b
+    return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=a.new_empty(size, size)), device, 10)  # type: ignore[func-returns-value, arg-type]
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}, or HIDDEN,INTERMEDIATE,HEADS,KV.")] = "zoo",
+    tokens: int = 256,
+    batch: int = 4,
+    method: str = "lrquant",
+    wbits: int = 4,
+    abits: int = 4,
+    group_size: int | None = None,
+    repeats: int = 10,
+    whole: Annotated[int, typer.Option(help="Also learn a block with about this many steps.")] = 0,
+    device_name: Annotated[str, typer.Option("--device")] = "cuda" if torch.cuda.is_available() else "cpu",
+    rows: Annotated[str, typer.Option(help="Only these rows, separated by commas.")] = "",
+) -> None:
+    hidden, intermediate, heads, kv_heads = SHAPES[shape] if shape in SHAPES else map(int, shape.split(","))
+    device = torch.device(device_name)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=128,
+        max_position_embeddings=tokens,
+    )
+    model = LlamaForCausalLM(config).eval()
+    if device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    family = family_of(model)
+    route_attention(model)
+    block = model.model.layers[0]
+    samples = [{"input_ids": torch.randint(0, 128, (1, tokens)), "use_cache": False} for _ in range(4 * batch)]
+    inputs = capture(model, [block], samples)
+    block.to(device)
+    recipe = Recipe.preset(method, wbits=wbits, abits=abits, group_size=group_size, batch_size=batch)
+    inputs.hidden = [each.to(device) for each in inputs.hidden]
+    stream = [each.clone() for each in inputs.hidden]
+    run = _Run(block, 0, inputs, device, batch)
+    own = run.outputs(stream) if recipe.two_branch else None
+    gathered, flat = run.advance_full_precision(inputs.hidden)
+    targets = [inputs.hidden] if own is None else [inputs.hidden, own]
+    fixed = BlockParameters.of(
+        block, enabled_equivalences(family.equivalences(config), recipe), recipe.scheme, torch.bfloat16
+    )
+    start = initial_smoothing(fixed, gathered, recipe.init, recipe.alpha, ()) if recipe.let else {}
+    start |= initial_clipping(fixed)
+    if recipe.rotation:
+        start |= initial_rotation(fixed, 1, torch.Generator())
+    weights = sum(tensor.numel() for tensor in fixed.tensors.values())
+    flops = 6 * weights * tokens * batch
+    most = ceiling(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)
+
+    choices: dict[str, tuple[str, str]] = {"plain": ("eager", "float32")}
+    fused = ["triton"] if device.type == "cuda" and has_triton() else []
+    for name in ["eager", "compiled", *fused]:
+        for products in ("float32", "bfloat16"):
+            choices[f"{name}, {products}"] = (name, products)
+    if rows:
+        choices = {name: choices[name.strip()] for name in rows.split(";")}
+    name_of_device = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(
+        f"\n{shape}: hidden {hidden}, intermediate {intermediate}, {heads}/{kv_heads} heads, {batch} x {tokens} tokens "
+        f"a step, {method} {recipe.format_name}, {name_of_device}, torch {torch.__version__}; {weights / 1e6:.1f} M "
+        f"weights; bfloat16 products reach {most / 1e12:.2f} TFLOP/s\n"
+    )
+    columns = "| implementation | ms a step | times plain | TFLOP/s | of the ceiling | MB above the block |"
+    print(columns + (" s a block |" if whole else ""), flush=True)
+    print("|---" * (columns.count("|") - 1 + bool(whole)) + "|")
+    reference_time = None
+    for name, (kernel, products) in choices.items():
+        chosen = recipe.changed(products=products, kernels=kernel)
+        learnables = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
+        optimizer = torch.optim.AdamW(learnables.values(), lr=1e-4, fused=name != "plain")
+        forward = run.forward_function(fixed, stream, targets, chosen)
+
+        def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
+            terms = plain_loss(*forward(learnables, range(batch)), True)
+            optimizer.zero_grad()
+            sum(term for term in terms if term is not None).backward()  # type: ignore[union-attr]
+            optimizer.step()
+
+        with (
+            quantized_activations(
+                block, linear_input_args(block, recipe.scheme.inputs, recipe, flat), recipe.scheme.attention
+            ),
+            kernels.using(kernel),
+            plain() if name == "plain" else kernels.using(kernel),
+        ):
+            for _ in range(3):
+                step()
+            peak = peak_memory(step, device)
+            taken = seconds_of(step, device, repeats)
+            reference_time = reference_time or taken
+            cells = [
+                name,
+                f"{taken * 1e3:.1f}",
+                f"{reference_time / taken:.1f}",
+                f"{flops / taken / 1e12:.3f}",
+                f"{100 * flops / taken / most:.0f} %",
+                f"{peak / 1e6:.0f}",
+            ]
+            if whole:
+                epochs = max(1, whole * batch // len(samples))
+                began = time.perf_counter()
+                learn(forward, start, len(samples), batch, chosen.changed(epochs=epochs), 0, lambda *_: None)
+                synchronize(device)
+                cells.append(f"{time.perf_counter() - began:.1f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
