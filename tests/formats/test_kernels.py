@@ -98,7 +98,9 @@ def test_compiled_rows_are_the_plain_ones(how: Rounding, which: str) -> None:
         check(kernels.quantize, kernels.gradients, how, which)
 
 
-def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(function: Any, **_: Any) -> Any:
         def call(*_: Any) -> None:
             raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")

@@ -41,7 +41,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _dense_order(x: Tensor) -> tuple[int, ...]:
     """Leading dimensions from far to near in memory: in this order a transposed `x` is a matrix without a copy."""
-    return tuple(sorted(range(x.ndim - 1), key=lambda dim: -x.stride(dim)))
+    return tuple(sorted(range(x.ndim - 1), key=x.stride, reverse=True))
 
 
 def _as_rows(x: Tensor, order: tuple[int, ...]) -> tuple[Tensor, torch.Size]:
