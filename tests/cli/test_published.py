@@ -140,3 +140,15 @@ def test_plus_with_weights_and_activations_as_a_process_without_data(root: Path)
 
 def test_nothing_to_learn_is_wrong_use(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paste("python main.py --model MODEL --wbits 4 --abits 4", monkeypatch) == 2
+
+
+def test_several_texts_follow_one_option(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "other.txt").write_text((root / "test.txt").read_text())
+    (root / "third.txt").write_text((root / "test.txt").read_text())
+    command = "python main.py --model MODEL --wbits 4 --abits 16 --lwc --epochs 0 --output_dir log/NAME"
+    assert paste(f"{command} {SMALL} other.txt third.txt", monkeypatch) == 0
+    assert set(results()["perplexity"]) == {"test.txt", "other.txt", "third.txt"}
+    assert paste(f"{command} other.txt", monkeypatch) == 2
+    assert "'other.txt' is no option" in " ".join(capsys.readouterr().err.split())

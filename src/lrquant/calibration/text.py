@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LrquantError, UsageError
+from lrquant.hub import cache_if_unreachable
 from lrquant.zoo import corpus
 
 ZOO = "zoo:"
@@ -93,7 +94,8 @@ def _read_hub(name: str, train: bool) -> list[str]:
 
     text = HUB_TEXTS[name]
     try:
-        rows = load_dataset(text.path, **(text.train if train else text.test))
+        with cache_if_unreachable():
+            rows = load_dataset(text.path, **(text.train if train else text.test))
     except Exception as error:  # the libraries underneath raise a dozen kinds when the hub is away
         raise LrquantError(
             f"data set {name!r} cannot be fetched from the hub ({type(error).__name__}); give a local file "

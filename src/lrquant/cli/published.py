@@ -95,8 +95,9 @@ def quantize(
     ] = False,
     eval_ppl_data: Annotated[
         list[str] | None,
-        typer.Option("--eval_ppl_data", metavar="NAME|PATH", help="On these instead; repeat, or separate by commas."),
+        typer.Option("--eval_ppl_data", metavar="NAME|PATH …", help="On these instead, separated by spaces or commas."),
     ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # texts after --eval_ppl_data's first
     num_fewshot: Annotated[int, typer.Option("--num_fewshot", min=0, help="Examples in a task's prompt.")] = 0,
     wbits: Annotated[int, typer.Option(help="Bits of a weight.")] = 4,
     abits: Annotated[int, typer.Option(help="Bits of an activation; 16: weight-only.")] = 4,
@@ -157,7 +158,9 @@ def quantize(
     from lrquant.cli.quantize import figures, show
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
 
-    names = [name for given in eval_ppl_data or () for name in given.split(",")]
+    if more and not eval_ppl_data:
+        raise UsageError(f"{more[0]!r} is no option: texts to measure perplexity on follow --eval_ppl_data")
+    names = [name for given in (*(eval_ppl_data or ()), *(more or ())) for name in given.split(",")]
     wanted, most = split_tasks(tasks), None if limit < 0 else limit
     texts = _reachable(names or (EVALUATION_TEXTS if eval_ppl or tta else ()))
     start_from = load_learned(resume) if resume else None

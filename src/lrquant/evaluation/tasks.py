@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.errors import UsageError
+from lrquant.hub import cache_if_unreachable
 from lrquant.zoo import ZOO_PREFIX
 
 ZOO_TASKS = Path(__file__).parents[1] / "zoo" / "tasks"
@@ -64,7 +65,7 @@ def run_tasks(
     outcome = TaskResults()
     for task in tasks:
         try:
-            with redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+            with cache_if_unreachable(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
                 found = simple_evaluate(
                     wrapped,
                     tasks=[_lm_eval_name(task)],
