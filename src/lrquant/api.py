@@ -195,4 +195,11 @@ def _notes(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruc
     recovered = [record.index for record in result.records if record.recoveries]
     if recovered:
         notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")
+    stopped = [record for record in result.records if record.epochs_left]
+    if stopped:
+        epochs = sum(record.epochs_left for record in stopped)
+        notes.append(
+            f"The loss flattened early in {len(stopped)} of {len(result.records)} blocks: {epochs} epochs were left "
+            f"out, about {sum(record.seconds_saved for record in stopped):.0f} s."
+        )
     return notes

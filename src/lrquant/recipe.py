@@ -65,6 +65,9 @@ class Recipe(BaseModel):
     batch_size: int = Field(1, ge=1, description="Samples per step")
     let_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of smoothing; none: by the steps")
     lwc_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of clipping; none: by the steps")
+    early_stop: float = Field(
+        0.0, ge=0, lt=1, description="Leave a block when two epochs lowered its loss by less than this share; 0: never"
+    )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
 
     # The calibration samples and the machine.

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import lrquant
 from lrquant import LrquantError, Recipe, UsageError
 from lrquant.reconstruction import learning
+from lrquant.reconstruction.learning import has_flattened
 from tests.tiny import SETTINGS, write_tiny
 
 
@@ -144,3 +145,23 @@ def test_eight_bit_activations_in_bfloat16_are_finite(tiny: Path, wbits: int, ab
     with torch.inference_mode():
         assert torch.isfinite(quantized.model(input_ids=torch.arange(48)[None]).logits).all()
     assert all(record.recoveries == 0 for record in quantized.records)
+
+
+def test_an_early_stop_leaves_a_block_whose_loss_has_flattened(tiny: Path) -> None:
+    # After the second epoch of a constant rate, no epoch halves the loss.
+    stopped = lrquant.quantize(str(tiny), recipe(epochs=12, early_stop=0.5))
+    for record in stopped.records:
+        assert record.epochs_left > 0
+        assert len(record.epoch_losses) + record.epochs_left == 12
+        assert record.final_loss <= record.initial_loss
+        assert record.seconds_saved > 0
+    assert any("flattened early" in note for note in stopped.notes)
+    patient = lrquant.quantize(str(tiny), recipe(epochs=4))
+    assert all(len(record.epoch_losses) == 4 and not record.epochs_left for record in patient.records)
+
+
+def test_when_a_loss_has_flattened() -> None:
+    assert not has_flattened([1.0, 0.9], 0.5)  # too early to say
+    assert not has_flattened([1.0, 0.9, 0.4], 0.5)
+    assert has_flattened([1.0, 0.9, 0.6], 0.5)
+    assert not has_flattened([1.0, 1.0, 1.0], 0.0)

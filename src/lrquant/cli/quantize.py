@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -137,6 +137,10 @@ def quantize(
     init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
+    early_stop: Annotated[
+        float | None,
+        typer.Option(help="Leave a block when two epochs lowered its loss by less than this share.", metavar="SHARE"),
+    ] = None,
     loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
     two_branch: Annotated[
         bool | None,
@@ -157,6 +161,14 @@ def quantize(
         typer.Option("--quantize-attention/--no-quantize-attention", help="Round queries, keys and values too."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides samples and their order.", show_default="0")] = None,
+    products: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Precision of matrix products while learning.", show_default="what the machine is fast at"),
+    ] = None,
+    kernels: Annotated[
+        Literal["eager", "compiled", "triton"] | None,
+        typer.Option(help="How fake quantization runs while learning.", show_default="by the machine and the work"),
+    ] = None,
     dtype: Precision = Dtype.auto,
     device: Device = "auto",
     eval_ppl: Annotated[
@@ -206,6 +218,7 @@ def quantize(
         "init": init and init.value,
         "alpha": alpha,
         "schedule": schedule and schedule.value,
+        "early_stop": early_stop,
         "loss": loss and loss.value,
         "two_branch": two_branch,
         "dynamic_loss": dynamic_loss,
@@ -214,6 +227,8 @@ def quantize(
         "shift": shift and shift.value,
         "quantize_attention": quantize_attention,
         "seed": seed,
+        "products": products,
+        "kernels": kernels,
         "dtype": None if dtype is Dtype.auto else dtype.value,
     }
     console.check_json_path(json)

@@ -225,6 +225,7 @@ def reconstruct(
                 learned.recoveries,
                 time.perf_counter() - began,
                 cosine,
+                learned.epochs_left,
             )
             finished = FinishedBlock(
                 {name: tensor.cpu() for name, tensor in learned.learnables.items()},

@@ -20,6 +20,7 @@ PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sa
 PAPER_STEPS = 20 * 128
 RATE_POWER, MOST_RATE = 0.75, 32.0
 
+FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
 
@@ -38,6 +39,7 @@ class Learned:
     final_loss: float
     epoch_losses: list[float]
     recoveries: int
+    epochs_left: int = 0  # not needed: the loss had flattened
 
 
 def plain_loss(output: Tensor, targets: Sequence[Tensor], with_nlc: bool) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +79,7 @@ def learn(
     current = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
     best, best_loss = _copy(initial), before if math.isfinite(before) else math.inf
     epoch_losses: list[float] = []
-    recoveries = 0
+    recoveries = epochs_left = 0
     generator = torch.Generator().manual_seed(seed)
     device = next(iter(initial.values())).device
     balance = RunningBalance() if recipe.dynamic_loss else None
@@ -102,6 +104,9 @@ def learn(
             told(epoch, epoch_losses[-1])
             if epoch_losses[-1] < best_loss:
                 best, best_loss = _copy(current), epoch_losses[-1]
+            if has_flattened(epoch_losses, recipe.early_stop):
+                epochs_left = recipe.epochs - epoch - 1
+                break
             continue
         recoveries += 1
         if recoveries > MOST_RECOVERIES:
@@ -118,7 +123,12 @@ def learn(
         after = measure(forward, final, samples, batch, with_nlc)
     if not after <= before:
         final, outcome, after = initial, "kept initial", before
-    return Learned(final, outcome, before, after, epoch_losses, recoveries)
+    return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
+
+
+def has_flattened(losses: Sequence[float], share: float) -> bool:
+    """Whether the last two epochs together lowered the loss by less than `share` of it."""
+    return share > 0 and len(losses) > FLAT_EPOCHS and losses[-1] > (1 - share) * losses[-1 - FLAT_EPOCHS]
 
 
 def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:

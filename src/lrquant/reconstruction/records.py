@@ -20,6 +20,12 @@ class BlockRecord:
     recoveries: int = 0  # times that a non-finite loss or gradient sent learning back
     seconds: float = 0.0
     cosine: float = 0.0  # mean cosine similarity of the quantized block's output to the full-precision model's
+    epochs_left: int = 0  # that an early stop left out
+
+    @property
+    def seconds_saved(self) -> float:
+        """What the epochs left out would have taken, as long as the others on average."""
+        return self.seconds / max(1, len(self.epoch_losses)) * self.epochs_left
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
