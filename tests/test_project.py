@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "src" / "lrquant").rglob("*.py"))
 
 # A room imports only from rooms to its left (and from its own).
 ROOMS = [
-    ["errors", "watching", "memory"],
+    ["errors", "watching", "hub", "memory"],
     ["formats", "losses"],
     ["recipe"],
     ["transforms"],
