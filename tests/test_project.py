@@ -25,7 +25,8 @@ ROOMS = [
     ["checkpoints", "evaluation"],
     ["report"],
     ["adaptation"],
-    ["api", "api_report", "api_vision"],
+    ["api_report"],
+    ["api", "api_vision"],
     ["cli"],
 ]
 PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrquant.checkpoints import load
     from lrquant.errors import LrquantError, UsageError
     from lrquant.recipe import Recipe
+    from lrquant.report.page import write_comparison, write_report
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,8 @@ _HOME = {
     "Recipe": "lrquant.recipe",
     "LrquantError": "lrquant.errors",
     "UsageError": "lrquant.errors",
+    "write_comparison": "lrquant.report.page",
+    "write_report": "lrquant.report.page",
 }
 
 __all__ = [
@@ -53,6 +56,8 @@ __all__ = [
     "evaluate_images",
     "load",
     "quantize",
+    "write_comparison",
+    "write_report",
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lrquant.api_report import report_quantized
 from lrquant.architectures import Family, MultimodalFamily, family_of
 from lrquant.calibration.samples import samples_of
 from lrquant.calibration.text import evaluation_ids, text_name
@@ -24,8 +25,9 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
 from lrquant.reconstruction.learning import Learnables
+from lrquant.report.observer import Observer
 from lrquant.transforms.statistics import ChannelStatistics
-from lrquant.watching import Watcher
+from lrquant.watching import Watcher, Watchers
 
 
 @dataclass
@@ -58,6 +60,7 @@ def quantize(
     statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
     start_from: Sequence[Learnables] | None = None,
     trust_remote_code: bool = False,
+    report: bool = False,
 ) -> Quantized:
     """Quantize a language, vision or multimodal model, block by block, and save it when `save_dir` is given.
 
@@ -72,6 +75,7 @@ def quantize(
         statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
         start_from: learned parameters of an earlier run (`Quantized.result.learned`), one mapping per block, in place
             of the initial transformation; with `epochs` 0 they are used as they are.
+        report: leave `report.html` in `save_dir`; the command line always does, with what it measures besides.
 
     Raises:
         UsageError, LrquantError: one line each; nothing is left behind.
@@ -104,9 +108,9 @@ def quantize(
     else:
         samples = [{"input_ids": row, "use_cache": False} for row in calibration]
         recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
-    result = reconstruct(
-        model, family, recipe, samples, on, storage_dtype, watcher or Watcher(), statistics, start_from
-    )
+    observer = Observer() if report else None
+    watchers = Watchers(*(each for each in (watcher, observer) if each))
+    result = reconstruct(model, family, recipe, samples, on, storage_dtype, watchers, statistics, start_from)
     recipe = result.recipe
     notes = _notes(family, recipe, result)
     _keep_activations_quantized(model, recipe, result)
@@ -115,9 +119,12 @@ def quantize(
     else:
         tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
         sizes = measure_sizes(model, result, tensors)
-    return Quantized(
+    quantized = Quantized(
         model, tokenizer, recipe, result, sizes, time.perf_counter() - began, memory.peak_bytes(), notes, target
     )
+    if observer is not None and target is not None:
+        report_quantized(quantized, observer, base, f"lrquant.quantize({base!r}, …)", on)
+    return quantized
 
 
 def evaluate(

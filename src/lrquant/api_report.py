@@ -10,7 +10,6 @@ import torch
 
 from lrquant.evaluation import Perplexity
 from lrquant.report.observer import Observer
-from lrquant.report.page import write_report
 from lrquant.report.run import Compared, Metric, Run, save_run
 
 if TYPE_CHECKING:
@@ -114,5 +113,7 @@ def _circumstances(observer: Observer, device: torch.device) -> dict[str, Any]:
 
 
 def _leave(directory: Path, observer: Observer, run: Run, output: Path | None = None) -> Path:
+    from lrquant.report.page import write_report  # matplotlib, only when something is drawn
+
     save_run(directory, run, observer.measurements)
     return write_report(directory, output)

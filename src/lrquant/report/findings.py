@@ -55,7 +55,7 @@ def stands_out(block: Block) -> str:
 
 def change(before: float, after: float) -> str:
     """`after` against `before` as a signed percentage."""
-    return f"{100 * (after / before - 1):+.1f} %" if before else "–"
+    return f"{100 * (after / before - 1):+.1f}%" if before else "–"
 
 
 def _size(run: Run) -> Finding | None:

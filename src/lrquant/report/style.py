@@ -6,7 +6,7 @@ text, so a figure can be searched and read aloud, and weighs little.
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,15 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 PLAIN, START, FINAL, INHERITED, WARN = "#110001", "#110002", "#110003", "#110004", "#110005"
 SERIES = (FINAL, START, WARN, INHERITED, PLAIN)  # for things without a fixed meaning
-_VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    PLAIN: "--plain",
-    START: "--start",
-    FINAL: "--final",
-    INHERITED: "--inherited",
-    WARN: "--warn",
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    PLAIN: "var(--plain)",
+    START: "var(--start)",
+    FINAL: "var(--final)",
+    INHERITED: "var(--inherited)",
+    WARN: "var(--warn)",
 }
 WIDTH = 5.2  # inches; at the width of a phone the text keeps nearly its size
 
@@ -86,8 +86,11 @@ def plain_log_ticks(axes: Axes, which: str = "y") -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def to_svg(figure: Figure, name: str, description: str) -> str:
-    """`figure` as an SVG element; `name` keeps its ids apart from other figures', `description` is read aloud."""
+def to_svg(figure: Figure, name: str, description: str, colours: Mapping[str, str] = VARIABLES) -> str:
+    """`figure` as an SVG element; `name` keeps its ids apart from other figures', `description` is read aloud.
+
+    `colours` maps stand-in colours to what is written in their place.
+    """
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -96,7 +99,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
+    for stand_in, colour in colours.items():
+        svg = svg.replace(stand_in, colour)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

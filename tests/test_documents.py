@@ -1,0 +1,149 @@
+"""Every block of code in the documentation runs, in order, with fewer samples; the site builds without a warning.
+
+A block behind the comment `<!-- not run: REASON -->` needs what a test has not got; its `lrquant` commands are parsed.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from lrquant.cli.main import app
+from tests.cli.run import lrquant
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTED_ELSEWHERE = {
+    "adding-a-model.md": "tests/test_adding_a_model.py",
+    "adding-a-vision-model.md": "tests/test_adding_a_vision_model.py",
+    "cli.md": "tests/test_cli_reference.py",
+}
+# What a number may be at most while a test runs the block.
+MOST = {
+    "nsamples": 2,
+    "seqlen": 64,
+    "epochs": 1,
+    "limit-windows": 2,
+    "limit_windows": 2,
+    "limit": 2,
+    "max_new_tokens": 4,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    language: str
+    code: str
+    not_run: str  # why; empty: it is run
+
+
+def blocks(page: Path) -> list[Block]:
+    pattern = r"(?:<!-- not run: (?P<why>[^>]*?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```"
+    found = re.finditer(pattern, page.read_text(), re.S | re.M)
+    return [Block(page, match["language"], match["code"], match["why"] or "") for match in found]
+
+
+def quickly(code: str) -> str:
+    """`code` with fewer samples, shorter windows and a single epoch."""
+    for name, most in MOST.items():
+        code = re.sub(
+            rf"(--{name} |\b{name}=)(\d+)",
+            lambda match, most=most: f"{match[1]}{min(int(match[2]), most)}",  # type: ignore[misc]
+            code,
+        )
+    return code
+
+
+def commands(code: str) -> list[list[str]]:
+    """The command lines of a bash block as words; a trailing backslash joins lines."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def parse(words: list[str]) -> None:
+    """Raise when `lrquant` would refuse these words; nothing is run."""
+    name, *rest = words[1:]
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    command.make_context(name, list(rest))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_lrquant_command_is_one(page: Path) -> None:
+    for block in blocks(page):
+        for words in commands(block.code) if block.language == "bash" else ():
+            if words[0] == "lrquant" and not words[1].startswith("-"):
+                parse(words)
+
+
+RUN = [page for page in PAGES if page.name not in TESTED_ELSEWHERE and any(not b.not_run for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrquant.cli import demo
+
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | {"nsamples": 2, "seqlen": 64})
+    monkeypatch.setattr(demo, "LEARNING", {"epochs": 1, "batch_size": 2})
+    monkeypatch.setattr(demo, "WINDOWS", 2)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks(page):
+        if block.not_run:
+            continue
+        code = quickly(block.code)
+        if block.language == "python":
+            exec(compile(code, page.name, "exec"), names)
+            continue
+        for words in commands(code):
+            if words[0] == "lrquant":
+                done = lrquant(*words[1:], cwd=tmp_path)
+            else:
+                done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)  # type: ignore[assignment]
+            assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr}"
+
+
+def test_what_is_not_run_is_little_and_has_a_reason() -> None:
+    left_out = [block for page in PAGES for block in blocks(page) if block.not_run]
+    assert all(len(block.not_run) > 8 for block in left_out)
+    run = [block for page in RUN for block in blocks(page) if not block.not_run]
+    assert len(run) > len(left_out)
+
+
+def test_pages_that_are_tested_elsewhere_are() -> None:
+    for page, test in TESTED_ELSEWHERE.items():
+        assert page in (ROOT / test).read_text()
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert "Quantize a language, vision or multimodal model" in (tmp_path / "site" / "api" / "index.html").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        where = tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html"
+        assert where.is_file(), page.name
+
+
+def test_the_figures_are_what_the_code_draws() -> None:
+    """Labels, not coordinates: another version of matplotlib may place a tick elsewhere."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import concept_figures
+
+    for name in concept_figures.FIGURES:
+        assert f"figures/{name}.svg" in (ROOT / "docs" / "concepts.md").read_text()
+        kept, drawn = (ROOT / "docs" / "figures" / f"{name}.svg").read_text(), concept_figures.svg(name)
+        words = [set(re.findall(r">([^<>]*[a-z]{3}[^<>]*)</text>", text)) for text in (kept, drawn)]
+        assert words[0] == words[1] != set()
