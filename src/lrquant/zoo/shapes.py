@@ -1,6 +1,6 @@
 """Offline pictures: coloured shapes at random places, sizes and angles, over cluttered backgrounds with noise.
 
-`shapes` is one shape per picture, to be classified into the sixteen `CLASSES`, a shape and its colour.
+`shapes` is one shape per picture, to be classified into the twenty `CLASSES`, a shape and its colour.
 `shapes-vqa` has one to three shapes per picture and questions with one-word answers: colour, shape, count,
 left or right. Every picture follows from its seed alone; the training seeds and the held-out seeds are ranges
 that never meet.
@@ -54,7 +54,7 @@ _OUTLINES: dict[str, Callable[[], Points]] = {
     "ring": lambda: _regular(40) + [(0.55 * x, 0.55 * y) for x, y in reversed(_regular(40) + _regular(40)[:1])],
 }
 SHAPES = tuple(_OUTLINES)
-CLASSES = tuple(f"{colour} {shape}" for colour in list(COLOURS)[:4] for shape in SHAPES[:4])
+CLASSES = tuple(f"{colour} {shape}" for colour in list(COLOURS)[:5] for shape in SHAPES[:4])
 COUNTS = ("one", "two", "three")
 
 
@@ -127,10 +127,10 @@ def draw_picture(seed: int) -> tuple[Image.Image, Placed]:
     """A picture of one shape, and where that is."""
     random = np.random.default_rng((1, seed))
     colour, shape = CLASSES[random.integers(len(CLASSES))].split()
-    radius = random.uniform(10, 18)
+    radius = random.uniform(7, 17)
     x, y = random.uniform(radius * 0.8, SIZE - radius * 0.8, 2)
     placed = Placed(shape, colour, float(x), float(y), float(radius), float(random.uniform(-0.4, 0.4)))
-    return _render(random, [placed], int(random.integers(3)), float(random.uniform(3, 20))), placed
+    return _render(random, [placed], int(random.integers(4)), float(random.uniform(3, 26))), placed
 
 
 def class_of(placed: Placed) -> int:

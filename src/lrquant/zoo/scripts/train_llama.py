@@ -7,8 +7,6 @@ overfitting. The held-out loss of both sets is written beside the weights (`trai
 anybody can see whether the curve has flattened.
 """
 
-import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +21,7 @@ from transformers import (
 )
 
 from lrquant.zoo.corpus import documents, rest_of_library
+from lrquant.zoo.scripts.training import descend, save_trained
 
 END = "<|endoftext|>"
 SEQLEN = 512
@@ -105,26 +104,11 @@ def main(
             losses = {name: round(held_out_loss(model, ids), 4) for name, ids in held_out.items()}
             curve.append({"step": step, "tokens": step * batch_size * SEQLEN, "held_out_loss": losses})
             print(curve[-1], flush=True)
-            save(model, tokenizer, curve, out, len(train) + len(rest))
+            save_trained(model, tokenizer, out, curve, train_tokens=len(train) + len(rest))
         batch = torch.cat([draw(train, batch_size - batch_size // 2), draw(rest, batch_size // 2)])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, curve: list, out: Path, tokens: int) -> None:
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = LlamaForCausalLM(model.config).bfloat16()
-    copy.load_state_dict(state)
-    copy.config.dtype = torch.bfloat16
-    copy.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    facts = {"python": platform.python_version(), "train_tokens": tokens, "curve": curve}
-    (out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+        descend(loss, list(model.parameters()), optimizer, schedule)
 
 
 if __name__ == "__main__":

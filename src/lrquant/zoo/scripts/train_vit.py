@@ -5,8 +5,6 @@ of `zoo:shapes` is drawn for one step only, so there is nothing to overfit; the 
 written beside the weights (`training.json`), so that anybody can see whether the curve has flattened.
 """
 
-import json
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -14,22 +12,22 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification, get_cosine_schedule_with_warmup
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lrquant.zoo.scripts.patch_teacher import PatchTeacher
+from lrquant.zoo.scripts.training import Curve, Descent, pixels_of, save_trained
 from lrquant.zoo.shapes import CLASSES, SIZE, Placed, class_of, draw_picture, seeds
 
-HELD_OUT = 500
+HELD_OUT = 1000
 PATCH = 8
 
 
 def batch_of(train: bool, count: int, start: int) -> tuple[Tensor, Tensor, list[list[Placed]]]:
     """Pixels (count, 3, SIZE, SIZE) in [−1, 1], as the processor makes them, classes (count,), what was drawn."""
     images, drawn = zip(*map(draw_picture, seeds(train, count, start)), strict=True)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     labels = torch.tensor([class_of(placed) for placed in drawn])
-    return pixels.float() / 127.5 - 1, labels, [[placed] for placed in drawn]
+    return pixels_of(images), labels, [[placed] for placed in drawn]
 
 
 @torch.no_grad()
@@ -45,7 +43,7 @@ def accuracy(model: ViTForImageClassification, pixels: Tensor, labels: Tensor) -
 
 def main(
     out: Annotated[Path, typer.Argument(help="Where the model is written.")],
-    steps: int = 2500,
+    steps: int = 4500,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
@@ -54,9 +52,9 @@ def main(
     config = ViTConfig(
         image_size=SIZE,
         patch_size=PATCH,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
         intermediate_size=192,
         id2label=dict(enumerate(CLASSES)),
         label2id={name: index for index, name in enumerate(CLASSES)},
@@ -64,35 +62,19 @@ def main(
     model = ViTForImageClassification(config)
     teacher = PatchTeacher(config.hidden_size, PATCH)
     learned = [*model.parameters(), *teacher.parameters()]
-    optimizer = torch.optim.AdamW(learned, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, 150, int(steps * 1.02))
+    descent = Descent(learned, steps, learning_rate)
+    processor = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})
     held_out = batch_of(False, HELD_OUT, 0)[:2]
-    curve = []
+    curve: Curve = []
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
     for step in range(steps + 1):
         if step % 250 == 0 or step == steps:
             curve.append({"step": step, "held_out_accuracy": accuracy(model, *held_out)})
             print(curve[-1], flush=True)
-            save(model, curve, out)
+            save_trained(model, processor, out, curve, numpy=np.__version__)
         pixels, labels, drawn = batch_of(True, batch_size, step * batch_size)
         output = model(pixel_values=pixels, labels=labels, output_hidden_states=True)
-        loss = output.loss + teacher.loss(output.hidden_states[-1][:, 1:], drawn)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-def save(model: ViTForImageClassification, curve: list, out: Path) -> None:
-    copy = ViTForImageClassification(model.config).bfloat16()
-    copy.load_state_dict({name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()})
-    copy.config.dtype = torch.bfloat16
-    copy.save_pretrained(out)
-    ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(out)
-    (out / "training.json").write_text(
-        json.dumps({"python": platform.python_version(), "numpy": np.__version__, "curve": curve}, indent=1) + "\n"
-    )
+        descent.step(output.loss + teacher.loss(output.hidden_states[-1][:, 1:], drawn))
 
 
 if __name__ == "__main__":
