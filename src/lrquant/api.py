@@ -20,7 +20,7 @@ from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
 from lrquant.modality import modality_of
-from lrquant.models import compute_dtype, load_model, load_processor, load_tokenizer, pick_device, stored_dtype, window
+from lrquant.models import compute_dtype, load_model, load_processor, pick_device, stored_dtype, window
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
@@ -145,13 +145,16 @@ def evaluate(
     """
     on = pick_device(device)
     if isinstance(model_or_path, str | Path):
-        tokenizer = tokenizer or load_tokenizer(str(model_or_path), trust_remote_code)
         model = load(str(model_or_path), compute_dtype(dtype, on), trust_remote_code)
+        tokenizer = tokenizer or load_processor(str(model_or_path), modality_of(model), trust_remote_code)
     else:
         model = model_or_path
     if tokenizer is None:
         raise UsageError("a model in memory needs its tokenizer to be evaluated on text")
-    seqlen = window(model.config, seqlen)
+    if modality_of(model) == "image":
+        raise UsageError("this model takes image, not text: it has no perplexity")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a multimodal model's is part of its processor
+    seqlen = window(model.config.get_text_config(), seqlen)
     ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
     home = next(model.parameters()).device
     model.to(on)

@@ -15,65 +15,53 @@ PICTURES = 1000  # that are looked at unless a limit is given
 
 
 def evaluate_images(
-    model_or_path: Any,
-    sources: Sequence[str],
-    limit: int | None = None,
-    processor: Any = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
+    model_or_path: Any, sources: Sequence[str], limit: int | None = None, processor: Any = None, **how: Any
 ) -> dict[str, ImageAccuracy]:
     """Top-1 and top-5 accuracy of an image classifier on each of `sources`: a folder with a subfolder per class,
     a data set on the hub, or `zoo:shapes`; up to `limit` pictures of each (1000).
+
+    `how`: `device` and `dtype` ("auto"), `trust_remote_code` (False), `told(samples just done, of how many)`.
     """
-
-    def measure(model: Any, source: str) -> ImageAccuracy:
-        return image_accuracy(model, prepared, pictures(source, train=False, limit=limit or PICTURES))
-
-    model, prepared = _ready(model_or_path, processor, "image", device, dtype, trust_remote_code)
-    return _measured(model, sources, measure, device)
+    chosen = {source: pictures(source, train=False, limit=limit or PICTURES) for source in sources}
+    return _measured(image_accuracy, chosen, "image", model_or_path, processor, **how)
 
 
 def evaluate_answers(
+    model_or_path: Any, sources: Sequence[str], limit: int | None = None, processor: Any = None, **how: Any
+) -> dict[str, AnswerQuality]:
+    """Exact match and answer perplexity of a multimodal model on each of `sources`: `zoo:shapes-vqa`, or a .jsonl
+    file of questions with answers; up to `limit` questions of each (all of a file). `how` as in `evaluate_images`.
+    """
+    chosen = {source: dialogues(source, train=False, limit=limit) for source in sources}
+    return _measured(answer_quality, chosen, "image+text", model_or_path, processor, **how)
+
+
+def _measured(
+    quality: Any,  # (model, processor, samples) → result
+    chosen: dict[str, Any],
+    wanted: Modality,
     model_or_path: Any,
-    sources: Sequence[str],
-    limit: int | None = None,
-    processor: Any = None,
+    processor: Any,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-) -> dict[str, AnswerQuality]:
-    """Exact match and answer perplexity of a multimodal model on each of `sources`: `zoo:shapes-vqa`, or a .jsonl
-    file of questions with answers; up to `limit` questions of each (all of a file).
-    """
-
-    def measure(model: Any, source: str) -> AnswerQuality:
-        return answer_quality(model, prepared, dialogues(source, train=False, limit=limit))
-
-    model, prepared = _ready(model_or_path, processor, "image+text", device, dtype, trust_remote_code)
-    return _measured(model, sources, measure, device)
-
-
-def _ready(
-    model_or_path: Any, processor: Any, wanted: Modality, device: str, dtype: str, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    """(model, its processor), checked to take what will be shown to it."""
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """`quality` on the samples of each source, the model checked to take them and put back where it was."""
+    on = pick_device(device)
     if not isinstance(model_or_path, str):
         model = model_or_path
     else:
-        model = load(model_or_path, compute_dtype(dtype, pick_device(device)), trust_remote_code)
+        model = load(model_or_path, compute_dtype(dtype, on), trust_remote_code)
     found = modality_of(model)
     if found != wanted:
         raise UsageError(f"this model takes {found}, not {wanted}")
     if processor is None and not isinstance(model_or_path, str):
         raise UsageError("a model in memory needs its processor to be shown pictures")
-    return model, processor or load_processor(model_or_path, wanted, trust_remote_code)
-
-
-def _measured(model: Any, sources: Sequence[str], measure: Callable[[Any, str], Any], device: str) -> dict[str, Any]:
+    processor = processor or load_processor(model_or_path, wanted, trust_remote_code)
     home = next(model.parameters()).device
-    model.to(pick_device(device))
+    model.to(on)
     try:
-        return {source: measure(model, source) for source in sources}
+        return {source: quality(model, processor, samples, told=told) for source, samples in chosen.items()}
     finally:
         model.to(home)

@@ -1,33 +1,27 @@
-"""`lrquant demo`: the whole job on the bundled model, offline, in a few minutes."""
+"""`lrquant demo`: the whole job on a bundled model, offline, in a few minutes."""
 
-import io
 import tempfile
 import time
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrquant.cli import console
+from lrquant.cli.bundled import SHOWS
 from lrquant.cli.quantize import JsonFile
-from lrquant.cli.reporting import leave_demo_report, metrics_of
+from lrquant.cli.reporting import leave_demo_report
+from lrquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from lrquant.evaluation import Perplexity
+    from lrquant.report.run import Metric
 
-MODEL = "zoo:llama"
-TEXTS = ("zoo:pydoc", "zoo:pycode")
-KEPT = "lrquant"  # the method whose checkpoint is written, read back and reported
-METHODS = ("rtn", "smoothquant", "omniquant", "lrquant")
-SETTINGS: dict[str, Any] = {"wbits": 4, "abits": 4, "calibration": "zoo:pydoc", "nsamples": 32, "seqlen": 256}
-LEARNING: dict[str, Any] = {"epochs": 5, "batch_size": 4}
-WINDOWS = 64
-PROMPT = "The for statement is used to"
+METHODS = ("rtn", "smoothquant", "omniquant", "lrquant", "lrquant+")
+KEPT = "lrquant"  # the method whose checkpoint is written, measured as it comes back from disk, and reported
 
 
 def demo(
-    model: Annotated[str, typer.Option(help="zoo:llama or zoo:vit.")] = MODEL,
+    model: Annotated[str, typer.Option(help=f"{', '.join(SHOWS)}.")] = "zoo:llama",
     save_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the LRQuant checkpoint here.", show_default="not kept")
     ] = None,
@@ -36,97 +30,77 @@ def demo(
 ) -> None:
     """Quantize a bundled model to W4A4 with every method and compare them on held-out text or pictures."""
     console.check_json_path(json)
-    if model != MODEL:
-        from lrquant.cli.demo_vision import demo_vision
-
-        demo_vision(model, save_dir, seed, json)
-        return
-
-    from lrquant.api import evaluate, quantize
+    if model not in SHOWS:
+        raise UsageError(f"no demo of {model!r}: there are {', '.join(SHOWS)}")
+    from lrquant.api import quantize
+    from lrquant.checkpoints import check_save_dir
     from lrquant.models import pick_device
     from lrquant.recipe import Recipe
     from lrquant.report.observer import Observer
     from lrquant.watching import Watchers
 
+    if save_dir is not None:
+        check_save_dir(save_dir)
+    show = SHOWS[model]
     console.say(
-        f"Quantizing the bundled model ({MODEL}) to 4-bit weights and activations, "
-        f"{SETTINGS['nsamples']} calibration samples of {SETTINGS['seqlen']} tokens."
+        f"Quantizing the bundled model ({model}) to 4-bit weights and activations, "
+        f"calibrated on {show.recipe['nsamples']} {show.samples}."
     )
     began = time.perf_counter()
 
-    def measure(model: Any, tokenizer: Any = None) -> dict[str, "Perplexity"]:
-        with console.counting("Measuring perplexity") as told:
-            return evaluate(model, TEXTS, SETTINGS["seqlen"], WINDOWS, tokenizer=tokenizer, told=told)
+    def measure(quantized: Any, processor: Any = None) -> "list[Metric]":
+        with console.counting("Measuring") as told:
+            return show.measure(quantized, processor, show.limit, told)
 
-    results: dict[str, dict[str, Any]] = {}
-    full = measure(MODEL)
-    results["full precision"] = _row(full, 16.0, 0.0, 0.0)
+    before = measure(model)
+    results = {"full precision": _row(before, 16.0, 0, 0.0)}
     with tempfile.TemporaryDirectory() as temporary:
-        kept = save_dir or Path(temporary) / "llama-w4a4"
+        kept = save_dir or Path(temporary) / "w4a4"
         observer = Observer()
         for method in METHODS:
-            recipe = Recipe.preset(method, **SETTINGS, seed=seed)
+            recipe = Recipe.preset(method, wbits=4, abits=4, seed=seed, **show.recipe)
             if recipe.learns:
-                recipe = recipe.changed(**LEARNING)
+                recipe = recipe.changed(**show.learning)
             with console.watching(method) as progress:
                 target, watcher = (kept, Watchers(progress, observer)) if method == KEPT else (None, progress)
-                quantized = quantize(MODEL, recipe, save_dir=target, watcher=watcher)
-            results["full precision"]["megabytes"] = quantized.sizes.bf16_bytes / 1e6
-            if method == KEPT:
-                shown = quantized
-            # LRQuant is measured as it comes back from disk; the others as they are in memory.
-            measured = measure(str(kept)) if method == KEPT else measure(quantized.model, quantized.tokenizer)
+                quantized = quantize(model, recipe, save_dir=target, watcher=watcher)
             sizes = quantized.sizes
-            results[method] = _row(measured, sizes.bits_per_weight, sizes.checkpoint_bytes / 1e6, quantized.seconds)
+            results["full precision"]["megabytes"] = sizes.bf16_bytes / 1e6
+            measured = measure(str(kept)) if method == KEPT else measure(quantized.model, quantized.tokenizer)
+            results[method] = _row(measured, sizes.bits_per_weight, sizes.checkpoint_bytes, quantized.seconds)
             if method == KEPT:
-                after = measured
-        text = _generate(str(kept))
-        page = leave_demo_report(
-            shown,
-            observer,
-            MODEL,
-            pick_device("auto"),
-            metrics_of(full, after),
-            [(method, row["perplexity"], row) for method, row in results.items()],
-            save_dir,
-        )
-    names = list(full)
+                shown, after = quantized, measured
+        said = show.speak(str(kept)) if show.speak else None
+        metrics = [
+            new.model_copy(update={"before": old.after, "windows_before": old.windows_after})
+            for old, new in zip(before, after, strict=True)
+        ]
+        rows = [(method, row["measured"], row) for method, row in results.items()]
+        page = leave_demo_report(shown, observer, model, pick_device("auto"), metrics, rows, save_dir)
+    names = [metric.name for metric in before]
     console.table(
-        f"W4A4 on held-out text, {WINDOWS} windows of {SETTINGS['seqlen']} tokens (perplexity: lower is better)",
+        f"W4A4 on {show.limit} {show.heldout}",
         ["method", *names, "bits/weight", "size", "seconds"],
         [
             [
                 method,
-                *(f"{row['perplexity'][name]:.3f}" for name in names),
+                *(f"{row['measured'][name]:.3f}" for name in names),
                 f"{row['bits_per_weight']:.2f}",
-                f"{row['megabytes']:.1f} MB",
+                f"{row['megabytes']:.2f} MB",
                 f"{row['seconds']:.1f}" if row["seconds"] else "",
             ]
             for method, row in results.items()
         ],
     )
-    console.say("The LRQuant model, loaded from disk by plain transformers, continues:")
-    console.say(text)
+    if said:
+        console.say(f"The LRQuant model, loaded from disk by plain transformers, {said}")
     if save_dir:
-        console.note(f'the checkpoint is in {save_dir}: AutoModelForCausalLM.from_pretrained("{save_dir}") loads it')
+        console.note(f"the checkpoint is in {save_dir}: from_pretrained of transformers' Auto classes loads it")
     seconds = time.perf_counter() - began
     console.say(f"{seconds:.0f} seconds in all; what happened, in pictures: {page}")
-    console.write_json(json, {"model": MODEL, "seconds": seconds, "methods": results, "generated": text})
+    console.write_json(json, {"model": model, "seconds": seconds, "methods": results, "said": said})
 
 
-def _row(measured: dict[str, "Perplexity"], bits: float, megabytes: float, seconds: float) -> dict[str, Any]:
-    perplexity = {name: result.value for name, result in measured.items()}
-    return {"perplexity": perplexity, "bits_per_weight": bits, "megabytes": megabytes, "seconds": seconds}
-
-
-def _generate(path: str) -> str:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-        inputs = tokenizer(PROMPT, return_tensors="pt")
-        ids = model.generate(  # type: ignore[misc]
-            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=32, do_sample=False
-        )
-    return str(tokenizer.decode(ids[0]))
+def _row(measured: "list[Metric]", bits: float, size: int, seconds: float) -> dict[str, Any]:
+    values = {metric.name: metric.after for metric in measured}
+    return {"measured": values, "bits_per_weight": bits, "megabytes": size / 1e6, "seconds": seconds}

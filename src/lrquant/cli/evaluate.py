@@ -56,12 +56,13 @@ def evaluate(
     from lrquant.api import evaluate as measure
     from lrquant.checkpoints import load
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.models import compute_dtype, load_tokenizer, pick_device
+    from lrquant.modality import modality_of
+    from lrquant.models import compute_dtype, load_processor, pick_device
 
     wanted = split_tasks(tasks)
     began = time.perf_counter()
-    tokenizer = load_tokenizer(model, trust_remote_code)
     loaded = load(model, compute_dtype(dtype.value, pick_device(device)), trust_remote_code)
+    tokenizer = load_processor(model, modality_of(loaded), trust_remote_code)
     measured = {}
     if ppl:
         with console.counting("Measuring perplexity") as told:

@@ -55,7 +55,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
 Tasks = Annotated[
-    str | None, typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze is offline.")
+    str | None,
+    typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze and zoo:shapes-vqa are offline."),
 ]
 NumFewshot = Annotated[
     int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")

@@ -17,9 +17,12 @@ def measure_vision(
         began = time.perf_counter()
         with console.status("Measuring accuracy"):
             accuracy = evaluate_images(model, images, limit, **how)
-        rows = [[name, f"{100 * r.top1:.2f}", f"{100 * r.top5:.2f}", str(r.pictures)] for name, r in accuracy.items()]
+        rows = [
+            [name, f"{100 * r.top1:.2f}", f"{100 * r.top5:.2f}", f"{r.loss:.4f}", str(r.pictures)]
+            for name, r in accuracy.items()
+        ]
         title = f"{model}, {time.perf_counter() - began:.1f} s"
-        console.table(title, ["images", "top-1 %", "top-5 %", "pictures"], rows)
+        console.table(title, ["images", "top-1 %", "top-5 %", "loss", "pictures"], rows)
         figures["accuracy"] = {name: vars(result) for name, result in accuracy.items()}
     if vqa:
         began = time.perf_counter()

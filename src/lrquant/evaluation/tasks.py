@@ -1,12 +1,12 @@
 """Zero-shot and few-shot tasks through lm-eval's own wrapper of transformers models.
 
-Tasks are run one by one, so that one whose data cannot be fetched costs the others nothing. `zoo:cloze` is
-lrquant's own task (see lrquant.zoo.tasks) and needs no network.
+Tasks are run one by one, so that one whose data cannot be fetched costs the others nothing. `zoo:cloze` and,
+with pictures, `zoo:shapes-vqa` are lrquant's own tasks (see lrquant.zoo.tasks) and need no network.
 """
 
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 from lrquant.errors import UsageError
 from lrquant.hub import cache_if_unreachable
+from lrquant.modality import modality_of
 from lrquant.zoo import ZOO_PREFIX
 
+OWN_TASKS = f"{ZOO_PREFIX}cloze or {ZOO_PREFIX}shapes-vqa"
 ZOO_TASKS = Path(__file__).parents[1] / "zoo" / "tasks"
 
 
@@ -41,7 +43,7 @@ def check_tasks(tasks: Sequence[str]) -> Any:
     manager = TaskManager(include_path=str(ZOO_TASKS))
     for task in tasks:
         if not manager.match_tasks([_lm_eval_name(task)]):
-            raise UsageError(f"unknown task {task!r}: give names of lm-eval's tasks, or {ZOO_PREFIX}cloze")
+            raise UsageError(f"unknown task {task!r}: give names of lm-eval's tasks, {OWN_TASKS}")
     return manager
 
 
@@ -53,19 +55,26 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> TaskResults:
-    """Evaluate `model` on `tasks`. `num_fewshot` None: the task's own; `limit`: only so many items of each."""
+    """Evaluate `model` on `tasks`. `num_fewshot` None: the task's own; `limit`: only so many items of each.
+
+    `tokenizer` is a multimodal model's processor. Tasks with pictures are asked through its chat template.
+
+    Raises:
+        UsageError: the model takes no text.
+    """
     manager = check_tasks(tasks)
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = _wrapped(model, tokenizer, batch_size)
+    processor = getattr(wrapped, "processor", None)
     merged: dict[str, Any] = {}
     outcome = TaskResults()
     for task in tasks:
         try:
             with cache_if_unreachable(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+                chat = bool(processor and processor.chat_template) and _has_pictures(manager, task)
                 found = simple_evaluate(
                     wrapped,
                     tasks=[_lm_eval_name(task)],
@@ -73,6 +82,7 @@ def run_tasks(
                     limit=limit,
                     task_manager=manager,
                     log_samples=False,
+                    apply_chat_template=chat,
                 )
         except Exception as error:  # the libraries underneath raise a dozen kinds when the hub is away
             first = next(iter(str(error).splitlines()), "")
@@ -84,6 +94,35 @@ def run_tasks(
     if merged:
         outcome.results, outcome.table = merged["results"], make_table(merged)
     return outcome
+
+
+def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's wrapper of a text model, or of one that takes text and pictures."""
+    modality = modality_of(model)
+    if modality == "text":
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if modality == "image":
+        raise UsageError("lm-eval's tasks are made of text, and this model takes image alone: use --images")
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    class Wrapped(HFMultimodalLM):
+        """Takes the processor that it is given; lm-eval's own only reads one from a path."""
+
+        def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+            self.processor, self.tokenizer = tokenizer, tokenizer.tokenizer
+
+    return Wrapped(pretrained=model, batch_size=batch_size)
+
+
+def _has_pictures(manager: Any, task: str) -> bool:
+    def tasks_in(group: dict[Any, Any]) -> Iterator[Any]:
+        for part in group.values():
+            yield from tasks_in(part) if isinstance(part, dict) else [part]
+
+    found = manager.load_task_or_group(_lm_eval_name(task))
+    return any(getattr(part, "MULTIMODAL", False) for part in tasks_in(found))
 
 
 def _lm_eval_name(task: str) -> str:

@@ -123,14 +123,15 @@ def mask(placed: Placed) -> np.ndarray:
     return np.asarray(canvas, dtype=np.float32)
 
 
-def draw_picture(seed: int) -> tuple[Image.Image, Placed]:
-    """A picture of one shape, and where that is."""
+def draw_picture(seed: int, harder: bool = False) -> tuple[Image.Image, Placed]:
+    """A picture of one shape, and where that is; `harder`: smaller, noisier and more cluttered, to be trained on."""
+    least, clutter, noise = (7, 4, 26) if harder else (9, 3, 22)
     random = np.random.default_rng((1, seed))
     colour, shape = CLASSES[random.integers(len(CLASSES))].split()
-    radius = random.uniform(7, 17)
+    radius = random.uniform(least, 17)
     x, y = random.uniform(radius * 0.8, SIZE - radius * 0.8, 2)
     placed = Placed(shape, colour, float(x), float(y), float(radius), float(random.uniform(-0.4, 0.4)))
-    return _render(random, [placed], int(random.integers(4)), float(random.uniform(3, 26))), placed
+    return _render(random, [placed], int(random.integers(clutter)), float(random.uniform(3, noise))), placed
 
 
 def class_of(placed: Placed) -> int:
