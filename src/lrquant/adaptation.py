@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lrquant.architectures import family_of
 from lrquant.calibration.text import evaluation_ids
 from lrquant.checkpoints import check_save_dir, load, saved_recipe
-from lrquant.checkpoints.packing import pack_block
+from lrquant.checkpoints.packing import needs_whole_weights, pack_block
 from lrquant.checkpoints.saving import whole_directory
 from lrquant.errors import LrquantError, UsageError
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
@@ -138,7 +138,9 @@ def adapt(
     tensors = {
         f"{paths[index]}.{name}": tensor
         for index, frozen in zip(better, result.frozen, strict=True)
-        for name, tensor in pack_block(frozen, recipe.stored_scheme, storage_dtype).items()
+        for name, tensor in pack_block(
+            frozen, recipe.stored_scheme, storage_dtype, needs_whole_weights(original, paths[index])
+        ).items()
     }
     facts = {"quantized": str(quantized), "reference": str(reference), "blocks": list(chosen), "replaced": better}
     with whole_directory(target) as folder:

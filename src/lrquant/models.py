@@ -2,8 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -80,42 +79,18 @@ def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     Raises:
         LrquantError: a shard is missing or damaged, or a weight is missing from them.
     """
-    with _packed_weights_need_no_start():
-        model, loading = _from_pretrained(
-            auto_model(load_config(name, trust_remote_code)),
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+    model, loading = _from_pretrained(
+        auto_model(load_config(name, trust_remote_code)),
+        name,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
     return model.eval()
-
-
-@contextmanager
-def _packed_weights_need_no_start() -> Iterator[None]:
-    """Within, a module whose linears hold packed weights is left alone when transformers initialises what is missing.
-
-    Most families ask whether a linear has its weight before they fill it; SigLIP's do not (transformers 5.23) and
-    stumble over the packed ones.
-    """
-    from transformers import PreTrainedModel
-
-    ordinary = PreTrainedModel._initialize_weights
-
-    def tolerant(self: Any, module: torch.nn.Module, *args: Any) -> None:
-        linears = [part for part in (module, *module.children()) if isinstance(part, torch.nn.Linear)]
-        if all(hasattr(linear, "weight") for linear in linears):
-            ordinary(self, module, *args)
-
-    PreTrainedModel._initialize_weights = tolerant  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        PreTrainedModel._initialize_weights = ordinary  # type: ignore[method-assign]
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

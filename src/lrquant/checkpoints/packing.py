@@ -17,13 +17,22 @@ from lrquant.formats.storage import dequantized_on_load, pads_zero_points, stora
 from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.parameters import FrozenBlock
 
+_FILL_WEIGHTS = (".clip.", ".siglip.")  # parts of transformers whose blocks must have whole weights when they load
 
-def pack_block(frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+
+def needs_whole_weights(model: nn.Module, path: str) -> bool:
+    """Whether the block at `path` is one that transformers cannot load with packed weights (see formats.storage)."""
+    return any(part in type(model.get_submodule(path)).__module__ for part in _FILL_WEIGHTS)
+
+
+def pack_block(
+    frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype, whole: bool = False
+) -> dict[str, Tensor]:
     """A block's checkpoint tensors by name within the block."""
     tensors = dict(frozen.dense)
     if scheme.weights is None:
         return tensors
-    packer = BaseCompressor.get_value_from_registry(storage_format(scheme).value)
+    packer = BaseCompressor.get_value_from_registry(storage_format(scheme, whole).value)
     quantization = QuantizationScheme(targets=[], weights=scheme.weights)
     for linear, weight in frozen.weights.items():
         local = {"weight": weight.dequantized(), "weight_scale": weight.scale}
@@ -31,7 +40,7 @@ def pack_block(frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype) 
             local["weight_zero_point"] = weight.zero
         packed = packer.compress(local, quantization)
         packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
-        if pads_zero_points(scheme):
+        if pads_zero_points(scheme, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
@@ -61,9 +70,16 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         group.format = stored.value  # left out, integers with activations would be read as one byte each
         if group.weights is not None and pads_zero_points(scheme):
             group.weights = group.weights.model_copy(update={"zp_dtype": torch.int32})
+    whole = _whole_weights(model, result)
+    if whole and storage_format(scheme, whole=True) is not stored:
+        group = scheme.for_linear(0, flat_input=False)
+        group.targets, group.format = whole, storage_format(scheme, whole=True).value
+        groups[f"group_{len(groups)}"] = group
     config = QuantizationConfig(
         config_groups=groups,
-        format=stored.value,
+        format=CompressionFormat.mixed_precision.value
+        if len({g.format for g in groups.values()}) > 1
+        else stored.value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
         ignore=[name for name in linears if not name.startswith(inside) and name not in result.outside.weights],
     )
@@ -75,6 +91,13 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         data["quant_method"] = OWN_METHOD
         data["added_biases"] = list(result.added_biases)
     return data
+
+
+def _whole_weights(model: nn.Module, result: Reconstruction) -> list[str]:
+    """Patterns of the linears whose weights stay whole in the file."""
+    lists = {path.rpartition(".")[0] for path in result.block_paths if needs_whole_weights(model, path)}
+    patterns = [rf"re:.*{re.escape(blocks)}\.\d+\..*" for blocks in sorted(lists)]
+    return patterns + (sorted(result.outside.weights) if needs_whole_weights(model, "") else [])
 
 
 def _any_block(linear: str, block_paths: Sequence[str]) -> str:
@@ -93,11 +116,12 @@ def checkpoint_tensors(
     tensors = {name: _stored(tensor, storage_dtype) for name, tensor in rest.items() if not name.startswith(inside)}
     for name in result.outside.weights:
         del tensors[f"{name}.weight"]
-    tensors |= pack_block(FrozenBlock(result.outside.weights, {}), scheme, storage_dtype)
+    outside = FrozenBlock(result.outside.weights, {})
+    tensors |= pack_block(outside, scheme, storage_dtype, needs_whole_weights(model, ""))
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
     for prefix, frozen in zip(inside, result.frozen, strict=True):
-        packed = pack_block(frozen, scheme, storage_dtype)
+        packed = pack_block(frozen, scheme, storage_dtype, needs_whole_weights(model, prefix.rstrip(".")))
         tensors |= {prefix + name: tensor for name, tensor in packed.items()}
         for name, tensor in rest.items():  # buffers of the block
             if name.startswith(prefix) and name.removeprefix(prefix).rpartition(".")[0] not in frozen.weights:
