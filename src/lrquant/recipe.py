@@ -61,10 +61,14 @@ class Recipe(BaseModel):
     dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
     rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
     rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
+    rounding: Literal["nearest", "learned"] = Field(
+        "nearest", description="Weights to the nearest integer, or by an offset learned for each weight"
+    )
     epochs: int = Field(20, ge=0, le=10_000, description="Passes over the calibration samples per block")
     batch_size: int = Field(1, ge=1, description="Samples per step")
     let_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of smoothing; none: by the steps")
     lwc_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of clipping; none: by the steps")
+    rounding_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of rounding; none: by the steps")
     early_stop: float = Field(
         0.0, ge=0, lt=1, description="Leave a block when two epochs lowered its loss by less than this share; 0: never"
     )
@@ -134,7 +138,7 @@ class Recipe(BaseModel):
 
     @property
     def learns(self) -> bool:
-        return self.epochs > 0 and (self.let or self.lwc or self.rotation)
+        return self.epochs > 0 and (self.let or self.lwc or self.rotation or self.rounding == "learned")
 
     @classmethod
     def preset(cls, method: str = "lrquant", paper_exact: bool = False, **changes: Any) -> "Recipe":
@@ -226,6 +230,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
     "lrquant": {},
     "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
+    "lrquant-max": {"two_branch": True, "dynamic_loss": True, "rotation": True, "rounding": "learned"},
 }
 
 _PAPER: dict[str, Any] = {

@@ -42,6 +42,7 @@ from lrquant.reconstruction.parameters import (
     FrozenBlock,
     freeze,
     initial_clipping,
+    initial_offsets,
     initial_rotation,
     initial_smoothing,
     quantized_parameters,
@@ -185,6 +186,8 @@ def reconstruct(
             if recipe.rotation and scheme.weights:
                 generator = torch.Generator().manual_seed(recipe.seed + place)
                 start |= initial_rotation(fixed, recipe.rotation_rank, generator)
+            if recipe.rounding == "learned" and scheme.weights:
+                start |= initial_offsets(fixed)
             if start_from is not None:
                 if len(start_from) != len(paths):
                     raise UsageError(f"saved parameters of {len(start_from)} blocks for a model of {len(paths)}")

@@ -20,6 +20,7 @@ PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sa
 PAPER_STEPS = 20 * 128
 RATE_POWER, MOST_RATE = 0.75, 32.0
 
+ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.0, 0.05
 FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
@@ -96,7 +97,7 @@ def learn(
             loss.backward()  # type: ignore[union-attr]
             optimizer.step()
             schedule.step()
-            _keep_positive(current)
+            _keep_within_bounds(current)
             total += sum(term.detach() for term in terms) * len(part)
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
         if bool(torch.isfinite(total)) and _are_finite(current):
@@ -141,6 +142,14 @@ def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
     return recipe.let_lr or PAPER_LET_LR * factor, recipe.lwc_lr or PAPER_LWC_LR * factor
 
 
+def rounding_rate(recipe: Recipe, steps: int) -> float:
+    """Rounding's rate for `steps` optimiser steps, unless the recipe names it.
+
+    An offset has to be able to cross its whole range, ±½, within a schedule whose mean rate is half its first.
+    """
+    return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
+
+
 def or_present(learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe) -> Learned:
     """`learned`, unless the block as it is at present answers better."""
     loss = measure(present, {}, samples, batch, recipe.loss == "mse+nlc")
@@ -157,10 +166,12 @@ def _copy(learnables: Learnables) -> Learnables:
 
 
 @torch.no_grad()
-def _keep_positive(learnables: Learnables) -> None:
+def _keep_within_bounds(learnables: Learnables) -> None:
     for name, tensor in learnables.items():
         if name.endswith(".scale"):
             tensor.clamp_(min=LEAST_SCALE)
+        elif name.endswith(".offset"):
+            tensor.clamp_(-0.5, 0.5)
 
 
 def _optimizer(
@@ -170,11 +181,13 @@ def _optimizer(
     smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
     clipping = [tensor for name, tensor in learnables.items() if name.endswith((".clip_low", ".clip_high"))]
     rotation = [tensor for name, tensor in learnables.items() if ".rotation" in name]
+    offsets = [tensor for name, tensor in learnables.items() if name.endswith(".offset")]
     per_epoch = math.ceil(samples / batch)
     let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
     groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": clipping, "lr": lwc_lr * factor}]
     # A rotation multiplies weights that start at one: it keeps the papers' rate however few the steps.
     groups.append({"params": rotation, "lr": min(lwc_lr, PAPER_LWC_LR) * factor})
+    groups.append({"params": offsets, "lr": rounding_rate(recipe, recipe.epochs * per_epoch) * factor})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
     steps = max(1, recipe.epochs - done) * per_epoch
     if recipe.schedule == "cosine":

@@ -5,6 +5,7 @@ Learnables, by name:
     <transformation>.scale, .shift     see lrquant.transforms
     <linear>.clip_low, .clip_high      (out, groups, 1), logits of the factors on a group's minimum and maximum (LWC)
     <linear>.rotation                  (out, 1) factor on the dequantized weight's rows (LRQuant+)
+    <linear>.offset                    (out, in) in [−½, ½], added before rounding (learned rounding)
     <linear>.rotation_left, _right     (out, k), (k, in): the same with rank k; cannot fold into scales
 """
 
@@ -91,6 +92,11 @@ def initial_rotation(fixed: BlockParameters, rank: int, generator: torch.Generat
     return learnables
 
 
+def initial_offsets(fixed: BlockParameters) -> dict[str, Tensor]:
+    """Rounding offsets of zero: to the nearest integer."""
+    return {f"{linear}.offset": torch.zeros_like(fixed.tensors[f"{linear}.weight"]) for linear in fixed.linears}
+
+
 def _factors(changed: Reparameterized, learnables: Mapping[str, Tensor], linear: str) -> Factors:
     """Everything that the learnables multiply a linear's weight by."""
 
@@ -105,6 +111,7 @@ def _factors(changed: Reparameterized, learnables: Mapping[str, Tensor], linear:
         clip("clip_low"),
         clip("clip_high"),
         None if rotation is None else rotation[..., None],
+        learnables.get(f"{linear}.offset"),
     )
 
 
