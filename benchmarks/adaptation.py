@@ -6,7 +6,9 @@ its kind, with that model adapted to the text itself, and with a model that was 
 of what is measured was seen.
 """
 
+import statistics
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,12 +43,13 @@ def main(
     method: str = "lrquant",
     formats: Annotated[str, typer.Option(help="Only these, as W4A4,W3A16.")] = ",".join(FORMATS),
     blocks: Annotated[str, typer.Option(help="Settings of --blocks, separated by semicolons.")] = "last;all",
+    starts: Annotated[str, typer.Option(help="Where smoothing starts, as neutral,log.")] = "neutral,log",
     nsamples: int = 32,
     seqlen: int = 128,
     epochs: int = 5,
     batch_size: int = 4,
     windows: Annotated[int, typer.Option(help="Adapt to and measure only so many windows.")] = 64,
-    seed: int = 0,
+    seeds: int = 1,
 ) -> None:
     """Print test-time adaptation's results as a markdown table."""
     err = Console(stderr=True)
@@ -64,34 +67,40 @@ def main(
             found = lrquant.evaluate(str(path), [test, unseen], seqlen, windows)
             return [result.value for result in found.values()]
 
-        def row(name: str, whole: float, half: float) -> None:
-            print(f"| {name} | {whole:.3f} | {half:.3f} |", flush=True)
+        def row(name: str, pairs: list[list[float]]) -> None:
+            columns = [spread([pair[column] for pair in pairs]) for column in (0, 1)]
+            print(f"| {name} | {' | '.join(columns)} |", flush=True)
 
-        row("full precision", *measure(model))
+        row("full precision", [measure(model)])
         for format_name in formats.split(","):
-            settings = {
-                "nsamples": nsamples,
-                "seqlen": seqlen,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "seed": seed,
-            }
-            for text, name in ((calib, "calibrated"), (test, "domain")):
-                err.print(f"{format_name}, calibrating on {text}")
-                recipe = lrquant.Recipe.preset(method, **FORMATS[format_name], **settings, calibration=text)
-                lrquant.quantize(model, recipe, save_dir=folder / format_name / name)
-            row(f"{format_name}, calibrated on {calib}", *measure(folder / format_name / "calibrated"))
-            for chosen in blocks.split(";"):
-                for start in ("neutral", "log"):
-                    err.print(f"{format_name}, adapting blocks {chosen} from a {start} start")
+            found: dict[str, list[list[float]]] = {}
+            for seed in range(seeds):
+                settings = {"nsamples": nsamples, "seqlen": seqlen, "epochs": epochs, "batch_size": batch_size}
+                recipe = lrquant.Recipe.preset(method, **FORMATS[format_name], **settings, seed=seed)
+                here = folder / format_name / str(seed)
+                for text, name in ((calib, "calibrated"), (test, "domain")):
+                    err.print(f"{format_name}, seed {seed}: calibrating on {text}")
+                    lrquant.quantize(model, recipe, text, save_dir=here / name)
+                source = here / "calibrated"
+                found.setdefault(f"{format_name}, calibrated on {calib}", []).append(measure(source))
+                for chosen, start in product(blocks.split(";"), starts.split(",")):
+                    err.print(f"{format_name}, seed {seed}: adapting blocks {chosen} from a {start} start")
                     values = []
                     for data, column in ((test, 0), (seen, 1)):
-                        out = folder / format_name / f"{chosen}-{start}-{column}"
-                        source = folder / format_name / "calibrated"
+                        out = here / f"{chosen}-{start}-{column}"
                         lrquant.adapt(source, model, samples[data], out, chosen, epochs, start)
                         values.append(measure(out)[column])
-                    row(f"… blocks adapted: {chosen}, {start} start", *values)
-            row(f"{format_name}, calibrated on {test}'s train part", *measure(folder / format_name / "domain"))
+                    found.setdefault(f"… blocks adapted: {chosen}, {start} start", []).append(values)
+                found.setdefault(f"{format_name}, calibrated on {test}'s train part", []).append(
+                    measure(here / "domain")
+                )
+            for name, pairs in found.items():
+                row(name, pairs)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
