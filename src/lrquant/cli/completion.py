@@ -16,7 +16,7 @@ def model_names(incomplete: str) -> list[str]:
 
 
 def method_names(incomplete: str) -> list[str]:
-    return _starting(incomplete, ["rtn", "smoothquant", "omniquant", "lrquant", "lrquant+"])
+    return _starting(incomplete, ["rtn", "smoothquant", "omniquant", "lrquant", "lrquant+", "lrquant-max"])
 
 
 def calibration_names(incomplete: str) -> list[str]:

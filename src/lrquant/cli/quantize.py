@@ -79,7 +79,7 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="rtn, smoothquant, omniquant, lrquant or lrquant+.",
+            help="rtn, smoothquant, omniquant, lrquant, lrquant+ or lrquant-max.",
             show_default="lrquant",
             autocompletion=method_names,
         ),
@@ -138,6 +138,12 @@ def quantize(
     init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
+    rounding: Annotated[
+        Literal["nearest", "learned"] | None, typer.Option(help="To the nearest integer, or by learned offsets.")
+    ] = None,
+    rounding_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of rounding.", show_default="by the steps")
+    ] = None,
     early_stop: Annotated[
         float | None,
         typer.Option(help="Leave a block when two epochs lowered its loss by less than this share.", metavar="SHARE"),
@@ -219,6 +225,8 @@ def quantize(
         "init": init and init.value,
         "alpha": alpha,
         "schedule": schedule and schedule.value,
+        "rounding": rounding,
+        "rounding_lr": rounding_lr,
         "early_stop": early_stop,
         "loss": loss and loss.value,
         "two_branch": two_branch,
