@@ -32,8 +32,15 @@ from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.reconstruction import parameters
 from lrquant.reconstruction.engine import _Run, enabled_equivalences, linear_input_args
 from lrquant.reconstruction.learning import learn, plain_loss
-from lrquant.reconstruction.parameters import BlockParameters, initial_clipping, initial_rotation, initial_smoothing
+from lrquant.reconstruction.parameters import (
+    BlockParameters,
+    initial_clipping,
+    initial_offsets,
+    initial_rotation,
+    initial_smoothing,
+)
 from lrquant.reconstruction.speed import has_triton
+from lrquant.reconstruction.store import ActivationStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests import reference
@@ -127,7 +134,7 @@ def main(
     repeats: int = 10,
     whole: Annotated[int, typer.Option(help="Also learn a block with about this many steps.")] = 0,
     device_name: Annotated[str, typer.Option("--device")] = "cuda" if torch.cuda.is_available() else "cpu",
-    rows: Annotated[str, typer.Option(help="Only these rows, separated by commas.")] = "",
+    rows: Annotated[str, typer.Option(help="Only these rows, separated by semicolons.")] = "",
 ) -> None:
     hidden, intermediate, heads, kv_heads = SHAPES[shape] if shape in SHAPES else map(int, shape.split(","))
     device = torch.device(device_name)
@@ -154,7 +161,8 @@ def main(
     inputs.hidden = [each.to(device) for each in inputs.hidden]
     stream = [each.clone() for each in inputs.hidden]
     run = _Run(block, 0, inputs, device, batch)
-    own = run.outputs(stream) if recipe.two_branch else None
+    store = ActivationStore("device", device, Path(), len(samples), 3)
+    own = run.outputs(stream, store) if recipe.two_branch else None
     gathered, flat = run.advance_full_precision(inputs.hidden)
     targets = [inputs.hidden] if own is None else [inputs.hidden, own]
     fixed = BlockParameters.of(
@@ -164,6 +172,8 @@ def main(
     start |= initial_clipping(fixed)
     if recipe.rotation:
         start |= initial_rotation(fixed, 1, torch.Generator())
+    if recipe.rounding == "learned":
+        start |= initial_offsets(fixed)
     weights = sum(tensor.numel() for tensor in fixed.tensors.values())
     flops = 6 * weights * tokens * batch
     most = ceiling(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)
