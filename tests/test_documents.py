@@ -16,6 +16,7 @@ import typer.main
 
 from lrquant.cli.main import app
 from tests.cli.run import lrquant
+from tests.tiny import write_tiny
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,8 +51,9 @@ def blocks(page: Path) -> list[Block]:
     return [Block(page, match["language"], match["code"], match["why"] or "") for match in found]
 
 
-def quickly(code: str) -> str:
-    """`code` with fewer samples, shorter windows and a single epoch."""
+def quickly(code: str, model: Path) -> str:
+    """`code` with fewer samples, shorter windows, a single epoch, and `model` in place of the bundled one."""
+    code = code.replace("zoo:llama", str(model))
     for name, most in MOST.items():
         code = re.sub(
             rf"(--{name} |\b{name}=)(\d+)",
@@ -85,9 +87,17 @@ def test_every_lrquant_command_is_one(page: Path) -> None:
 RUN = [page for page in PAGES if page.name not in TESTED_ELSEWHERE and any(not b.not_run for b in blocks(page))]
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_runs(page: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lrquant.cli import demo
+    from lrquant.report import page as report_page
+
+    monkeypatch.setattr(report_page, "_sections", lambda *_: [])  # figures have tests of their own
 
     monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | {"nsamples": 2, "seqlen": 64})
     monkeypatch.setattr(demo, "LEARNING", {"epochs": 1, "batch_size": 2})
@@ -97,7 +107,7 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for block in blocks(page):
         if block.not_run:
             continue
-        code = quickly(block.code)
+        code = quickly(block.code, tiny)
         if block.language == "python":
             exec(compile(code, page.name, "exec"), names)
             continue

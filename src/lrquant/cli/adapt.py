@@ -84,8 +84,9 @@ def adapt(
                 told=told,
             )
 
-    before = measure(quantized, eval_ppl or (), limit_windows)
-    after = measure(str(save_dir), eval_ppl or (), limit_windows)
+    before, after = {}, {}
+    if eval_ppl:
+        before, after = measure(quantized, eval_ppl, limit_windows), measure(str(save_dir), eval_ppl, limit_windows)
     if observer is not None:
         from lrquant.api_report import report_adapted
         from lrquant.models import pick_device
