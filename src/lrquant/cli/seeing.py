@@ -15,8 +15,8 @@ def measure_vision(
     figures: dict[str, dict[str, dict[str, float]]] = {}
     if images:
         began = time.perf_counter()
-        with console.status("Measuring accuracy"):
-            accuracy = evaluate_images(model, images, limit, **how)
+        with console.counting("Measuring accuracy") as told:
+            accuracy = evaluate_images(model, images, limit, told=told, **how)
         rows = [
             [name, f"{100 * r.top1:.2f}", f"{100 * r.top5:.2f}", f"{r.loss:.4f}", str(r.pictures)]
             for name, r in accuracy.items()
@@ -26,8 +26,8 @@ def measure_vision(
         figures["accuracy"] = {name: vars(result) for name, result in accuracy.items()}
     if vqa:
         began = time.perf_counter()
-        with console.status("Asking questions"):
-            answers = evaluate_answers(model, vqa, limit, **how)
+        with console.counting("Asking questions") as told:
+            answers = evaluate_answers(model, vqa, limit, told=told, **how)
         rows = [
             [name, f"{100 * r.exact_match:.2f}", f"{r.perplexity:.4f}", str(r.questions)] for name, r in answers.items()
         ]
