@@ -32,6 +32,8 @@ def _blocks(run: Run, kind: str) -> tuple[list[int], list[Error]]:
 def _block_axis(axes: Axes, run: Run) -> None:
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last = max((block.index for block in run.blocks), default=0)
+    axes.set_xlim(-0.05 * last - 0.1, 1.05 * last + 0.1)
     for block in run.blocks:
         if stands_out(block) and block.outcome != "not relearned":
             axes.axvspan(block.index - 0.4, block.index + 0.4, color=WARN, alpha=0.15, linewidth=0)
@@ -77,7 +79,7 @@ def steps(run: Run) -> Figure | None:
             axes.plot(*zip(*known, strict=True), marker + "-", color=colour, label=label)
     _block_axis(axes, run)
     axes.set_ylabel("error against plain rounding's")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
 

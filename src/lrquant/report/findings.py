@@ -32,9 +32,9 @@ def own_error(block: Block) -> float | None:
 
 
 def hardest_block(run: Run) -> Block | None:
-    """The block that adds the largest error by itself."""
+    """The block that adds the largest error by itself; None where there is no other to compare it with."""
     known = [block for block in run.blocks if own_error(block) is not None]
-    return max(known, key=lambda block: own_error(block) or 0.0) if known else None
+    return max(known, key=lambda block: own_error(block) or 0.0) if len(known) > 1 else None
 
 
 def stands_out(block: Block) -> str:
@@ -92,14 +92,14 @@ def _adapted(run: Run) -> Finding | None:
     return Finding(
         f"Adaptation helped {better} of {len(pairs)} windows of text",
         "A window counts as helped when the adapted model finds its text more likely than the checkpoint did.",
-        "good" if 2 * better > len(pairs) else "bad",
+        "good" if 2 * better > len(pairs) else "plain",
     )
 
 
 def _hardest(run: Run) -> Finding | None:
     known = [block for block in run.blocks if own_error(block) is not None]
     hardest = hardest_block(run)
-    if hardest is None or len(known) < 2:
+    if hardest is None:
         return None
     easiest = min(known, key=lambda block: own_error(block) or 0.0)
     return Finding(
