@@ -109,7 +109,7 @@ SHOWS: Mapping[str, Show] = MappingProxyType(
         ),
         "zoo:vit": Show(
             _PICTURES,
-            {"epochs": 10, "batch_size": 8},
+            {"epochs": 8, "batch_size": 16},
             "pictures",
             "held-out pictures of zoo:shapes",
             1000,
