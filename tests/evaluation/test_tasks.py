@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lrquant.api_vision import evaluate_answers
 from lrquant.errors import UsageError
 from lrquant.evaluation import check_tasks, run_tasks
-from lrquant.models import load_model, load_tokenizer
+from lrquant.models import load_model, load_processor, load_tokenizer
 from lrquant.zoo.corpus import documents
 from lrquant.zoo.tasks.cloze import ANSWER_WORDS, CHOICES, CONTEXT_WORDS, items
 from tests.tiny import write_tiny
@@ -42,6 +43,24 @@ def test_the_bundled_model_is_clearly_above_chance_and_a_random_one_is_not(tmp_p
     good, random = accuracy.values()
     assert good > 0.4
     assert random < 0.38
+
+
+def test_questions_about_pictures_go_through_lm_evals_multimodal_wrapper() -> None:
+    """Answers of lm-eval's wrapper are right as often as our own measure says, on the same questions."""
+    processor = load_processor("zoo:llava", "image+text")
+    model = load_model("zoo:llava", torch.float32)
+    found = run_tasks(model, processor, ["zoo:shapes-vqa"], limit=24)
+    assert not found.failed
+    ours = evaluate_answers(model, ["zoo:shapes-vqa"], 24, processor)["zoo:shapes-vqa"]
+    assert found.results["zoo_shapes-vqa"]["exact_match,none"] == pytest.approx(ours.exact_match)
+
+
+def test_a_model_of_text_is_not_asked_about_pictures(tmp_path: Path) -> None:
+    model = load_model(str(write_tiny(tmp_path / "random")), torch.float32)
+    found = run_tasks(model, load_tokenizer("zoo:llama"), ["zoo:shapes-vqa"], limit=2)
+    assert "could not be run" in found.failed["zoo:shapes-vqa"]
+    with pytest.raises(UsageError, match="takes image alone"):
+        run_tasks(load_model("zoo:vit", torch.float32), None, ["zoo:shapes-vqa"], limit=2)
 
 
 def test_a_task_out_of_reach_costs_the_others_nothing(tmp_path: Path) -> None:
