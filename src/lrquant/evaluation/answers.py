@@ -48,16 +48,18 @@ def answer_quality(
         question = prompt(processor, dialogue.turns[:-1], answer_next=True)
         inputs = _moved(dialogue_inputs(processor, image, question), model)
         asked = inputs["input_ids"].shape[1]
-        ids = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
-        answer = processor.tokenizer.decode(ids[0, asked:], skip_special_tokens=True)
-        right += normalized(answer) == normalized(dialogue.answer)
-
-        whole = prompt(processor, dialogue.turns, answer_next=False)
-        inputs = _moved(dialogue_inputs(processor, image, whole), model)
-        logits = model(**inputs, use_cache=False).logits[0, asked - 1 : -1].float()
-        reference = inputs["input_ids"][0, asked:]
+        whole = _moved(dialogue_inputs(processor, image, prompt(processor, dialogue.turns, answer_next=False)), model)
+        logits = model(**whole, use_cache=False).logits[0, asked - 1 : -1].float()
+        reference = whole["input_ids"][0, asked:]
         likelihood += float(torch.nn.functional.cross_entropy(logits, reference, reduction="sum"))
         tokens += len(reference)
+        # Where every token of the reference is the likeliest, greedy generation is the reference.
+        if bool((logits.argmax(-1) == reference).all()):
+            right += 1
+        else:
+            ids = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, do_sample=False)
+            answer = processor.tokenizer.decode(ids[0, asked:], skip_special_tokens=True)
+            right += normalized(answer) == normalized(dialogue.answer)
         told(1, len(chosen))
     mean = likelihood / tokens
     return AnswerQuality(right / len(chosen), math.exp(mean) if mean < 700 else math.inf, len(chosen))
