@@ -1,8 +1,12 @@
 """The verbs: `quantize` and `evaluate`."""
 
+import itertools
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +16,37 @@ from lrquant.api_report import report_quantized
 from lrquant.architectures import Family, MultimodalFamily, family_of
 from lrquant.calibration.samples import samples_of
 from lrquant.calibration.text import evaluation_ids, text_name
-from lrquant.checkpoints import Sizes, check_save_dir, load, save
-from lrquant.checkpoints.packing import checkpoint_tensors
-from lrquant.checkpoints.saving import measure_sizes
+from lrquant.checkpoints import Sizes, load
+from lrquant.checkpoints.identity import folder_digest, identity_of, module_digest
+from lrquant.checkpoints.journal import DiskJournal
+from lrquant.checkpoints.packing import outside_tensors
+from lrquant.checkpoints.rundir import RunDirectory, run_directory
+from lrquant.checkpoints.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
+from lrquant.checkpoints.shards import tensor_bytes
 from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
 from lrquant.memory import PeakMemory
 from lrquant.modality import modality_of
-from lrquant.models import compute_dtype, load_model, load_processor, pick_device, stored_dtype, window
+from lrquant.models import (
+    compute_dtype,
+    fetched_folder,
+    load_model,
+    load_processor,
+    pick_device,
+    stored_dtype,
+    window,
+)
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
 from lrquant.reconstruction.learning import Learnables
+from lrquant.reconstruction.residence import Residence
+from lrquant.reconstruction.store import ActivationStore, Where
 from lrquant.report.observer import Observer
+from lrquant.streaming import Streamed, open_streamed
 from lrquant.transforms.statistics import ChannelStatistics
+from lrquant.untrusted import weight_files
 from lrquant.watching import Watcher, Watchers
 
 
@@ -34,7 +54,7 @@ from lrquant.watching import Watcher, Watchers
 class Quantized:
     """A quantized model in memory, and how it came about."""
 
-    model: Any
+    _model: Callable[[], Any]
     tokenizer: Any  # an image model's processor, a multimodal model's processor
     recipe: Recipe
     result: Reconstruction
@@ -43,6 +63,11 @@ class Quantized:
     peak_memory_bytes: int
     notes: list[str] = field(default_factory=list)
     saved_to: Path | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The quantized model: the one changed in place, or the saved checkpoint, loaded when it is asked for."""
+        return self._model()
 
     @property
     def records(self) -> list[BlockRecord]:
@@ -61,6 +86,9 @@ def quantize(
     start_from: Sequence[Learnables] | None = None,
     trust_remote_code: bool = False,
     report: bool = False,
+    restart: bool = False,
+    activations: Where = "auto",
+    keep_model: bool | None = None,
 ) -> Quantized:
     """Quantize a language, vision or multimodal model, block by block, and save it when `save_dir` is given.
 
@@ -76,55 +104,125 @@ def quantize(
         start_from: learned parameters of an earlier run (`Quantized.result.learned`), one mapping per block, in place
             of the initial transformation; with `epochs` 0 they are used as they are.
         report: leave `report.html` in `save_dir`; the command line always does, with what it measures besides.
+        restart: throw away what an interrupted run left beside `save_dir`; else this one goes on from it.
+        activations: where hidden states wait: `device`, `host`, `disk`, or `auto`.
+        keep_model: leave the quantized model in memory; None: only when it is not saved. Otherwise
+            `Quantized.model` loads it from `save_dir` when it is asked for.
 
     Raises:
-        UsageError, LrquantError: one line each; nothing is left behind.
+        UsageError, LrquantError: one line each. `save_dir` appears whole or not at all; finished blocks are kept
+            in a hidden folder beside it until it does.
     """
     began = time.perf_counter()
     memory = PeakMemory()
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if isinstance(calibration, str):
         recipe = recipe.changed(calibration=calibration)
-    target = check_save_dir(save_dir) if save_dir is not None else None
-    on = pick_device(device)
-    dtype = compute_dtype(recipe.dtype, on)
-    if isinstance(model_or_path, str | Path):
-        base = str(model_or_path)
-        model = load_model(base, dtype, trust_remote_code)
-        tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
-        storage_dtype = stored_dtype(base, trust_remote_code)
-    else:
-        model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
-        storage_dtype = model.dtype
-    if getattr(model.config, "quantization_config", None):
-        raise UsageError(f"{base}: already quantized; quantize the original model")
-    family = family_of(model)
-    if calibration is None or isinstance(calibration, str):
-        if tokenizer is None:
-            raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")
-        samples, recipe = samples_of(
-            modality_of(model), tokenizer, recipe, lambda seqlen: window(model.config.get_text_config(), seqlen)
+    with run_directory(save_dir, restart) if save_dir is not None else nullcontext() as run:
+        on = pick_device(device)
+        dtype = compute_dtype(recipe.dtype, on)
+        if isinstance(model_or_path, str | Path):
+            base = str(model_or_path)
+            streamed = None
+            if run is not None and not keep_model and not recipe.also:
+                streamed = open_streamed(base, dtype, recipe.towers, trust_remote_code)
+            model = streamed[0] if streamed is not None else load_model(base, dtype, trust_remote_code)
+            tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
+            storage_dtype = stored_dtype(base, trust_remote_code)
+        else:
+            model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
+            storage_dtype, keep_model, streamed = model.dtype, True, None
+        if getattr(model.config, "quantization_config", None):
+            raise UsageError(f"{base}: already quantized; quantize the original model")
+        family = family_of(model)
+        if calibration is None or isinstance(calibration, str):
+            if tokenizer is None:
+                raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")
+            samples, recipe = samples_of(
+                modality_of(model), tokenizer, recipe, lambda seqlen: window(model.config.get_text_config(), seqlen)
+            )
+        else:
+            samples = [{"input_ids": row, "use_cache": False} for row in calibration]
+            recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
+        keep = run is None or bool(keep_model)
+        residence = streamed[1] if streamed is not None else Residence(model, keep)
+        journal = None
+        if run is not None:
+            folder = fetched_folder(str(model_or_path)) if isinstance(model_or_path, str | Path) else None
+            digest = module_digest(model) if folder is None else folder_digest(folder, weight_files(folder))
+            given = {"given statistics": statistics, "given learned parameters": start_from}
+            run.claim(identity_of(recipe, digest, samples, (dtype, storage_dtype), given))
+            journal = DiskJournal(run.folder, recipe.stored_scheme, storage_dtype)
+        files = run.folder if run is not None else Path(tempfile.gettempdir())
+        observer = Observer() if report else None
+        store = ActivationStore(activations, on, files, len(samples), 2 + recipe.two_branch)
+        result = reconstruct(
+            model,
+            family,
+            recipe,
+            samples,
+            on,
+            storage_dtype,
+            Watchers(*(each for each in (watcher, observer) if each)),
+            statistics,
+            start_from,
+            journal=journal,
+            residence=residence,
+            store=store,
         )
-    else:
-        samples = [{"input_ids": row, "use_cache": False} for row in calibration]
-        recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
-    observer = Observer() if report else None
-    watchers = Watchers(*(each for each in (watcher, observer) if each))
-    result = reconstruct(model, family, recipe, samples, on, storage_dtype, watchers, statistics, start_from)
-    recipe = result.recipe
-    notes = _notes(family, recipe, result)
-    _keep_activations_quantized(model, recipe, result)
-    if target is not None:
-        sizes = save(target, model, tokenizer, result, recipe, storage_dtype, base)
-    else:
-        tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
-        sizes = measure_sizes(model, result, tensors)
+        recipe = result.recipe
+        if keep:
+            _keep_activations_quantized(model, recipe, result)
+        if run is None or journal is None:
+            sizes = sizes_in_memory(model, result, recipe.stored_scheme, storage_dtype)
+        else:
+            sizes = _saved(run, journal, residence, tokenizer, result, recipe, storage_dtype, base)
+        notes = _notes(family, recipe, result)
+        notes += journal.damaged if journal is not None else []
+    target = run.target if run is not None else None
     quantized = Quantized(
-        model, tokenizer, recipe, result, sizes, time.perf_counter() - began, memory.peak_bytes(), notes, target
+        (lambda: model) if keep else (lambda: load(str(target), dtype, trust_remote_code)),
+        tokenizer,
+        recipe,
+        result,
+        sizes,
+        time.perf_counter() - began,
+        memory.peak_bytes(),
+        notes,
+        target,
     )
     if observer is not None and target is not None:
         report_quantized(quantized, observer, base, f"lrquant.quantize({base!r}, …)", on)
     return quantized
+
+
+def _saved(
+    run: RunDirectory,
+    journal: DiskJournal,
+    residence: Residence,
+    tokenizer: Any,
+    result: Reconstruction,
+    recipe: Recipe,
+    storage_dtype: torch.dtype,
+    base: str,
+) -> Sizes:
+    """Put the checkpoint in its place, unless it is there."""
+    model = residence.model
+    weights, bits = journal.quantized_size()
+    more = quantized_outside(model, result, recipe.stored_scheme, storage_dtype)
+    read = residence.read if isinstance(residence, Streamed) else None
+
+    def sizes_of(checkpoint_bytes: int) -> Sizes:
+        return measure_sizes(model, checkpoint_bytes, weights + more[0], bits + more[1])
+
+    def write(folder: Path) -> None:
+        outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
+        groups = itertools.chain(outside, journal.checkpoint_tensors())
+        write_checkpoint(folder, model, tokenizer, result, recipe, storage_dtype, base, groups, sizes_of)
+
+    if not run.is_placed():
+        run.place(write)
+    return sizes_of(tensor_bytes(run.target))
 
 
 def evaluate(

@@ -14,3 +14,7 @@ class UsageError(LrquantError, ValueError):
     """A request that cannot be carried out as it was put: an unknown name, a width out of range."""
 
     exit_code = 2
+
+
+class Interrupted(KeyboardInterrupt):
+    """Control-C, with a line that says what is kept."""

@@ -10,6 +10,7 @@ import torch
 
 from lrquant.errors import LrquantError, UsageError
 from lrquant.modality import Modality, auto_model
+from lrquant.untrusted import check_folder
 from lrquant.zoo import ZOO_PREFIX, zoo_model_path
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,6 +34,21 @@ def resolve_model(name: str) -> str:
     if not _HUB_NAME.fullmatch(name):
         raise UsageError(f"{name!r} is neither an existing folder nor a model's name on the hub")
     return name
+
+
+def fetched_folder(name: str) -> Path | None:
+    """The folder with the model's files, fetched from the hub if need be; None: it has no safetensors there."""
+    path = Path(resolve_model(name))
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        # Some authors add the same weights in other layouts.
+        path = Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["consolidated*", "*/*"]
+            )
+        )
+    return path if list(path.glob("model*.safetensors")) else None
 
 
 def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -59,8 +75,12 @@ def pick_device(choice: str) -> torch.device:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """The model's transformers configuration."""
+    """The model's transformers configuration; of a local folder, once it is known to go with its weights."""
     from transformers import AutoConfig
+
+    path = Path(resolve_model(name))
+    if path.is_dir():
+        check_folder(path)
 
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
@@ -122,7 +142,7 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
                 f"{name!r} is not a local folder, and the hub has no such model or cannot be reached"
             ) from error
         raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a stranger's files reach everything underneath
         raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
 
 

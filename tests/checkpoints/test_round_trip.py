@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrquant
 from lrquant import Recipe
+from lrquant.checkpoints import shards
 from tests.tiny import SETTINGS, write_tiny
 
 IDS = torch.arange(5, 69)[None]
@@ -48,7 +49,7 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(
 ) -> None:
     """Same integers, same scales, same operations in the same precision: logits are equal bit for bit."""
     recipe = Recipe.preset("lrquant", **FORMATS[name], **SETTINGS, dtype=dtype, quantize_attention=False)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     assert torch.equal(logits(plain), logits(quantized.model))
     full = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
@@ -57,7 +58,7 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(
 
 def test_attention_inputs_are_quantized_by_load_and_only_there(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     assert torch.equal(logits(lrquant.load(str(tmp_path / "out"))), logits(quantized.model))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     assert not torch.equal(logits(plain), logits(quantized.model))
@@ -66,7 +67,7 @@ def test_attention_inputs_are_quantized_by_load_and_only_there(tiny: Path, tmp_p
 
 def test_it_loads_and_generates_where_lrquant_is_not_installed(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS)
-    lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     program = f"""
 import sys
 sys.modules["lrquant"] = None  # any import of it fails
@@ -86,7 +87,7 @@ def test_a_flat_input_is_quantized_per_token_on_disk_too(model_type: str, tmp_pa
     """OPT's MLP sees (tokens, hidden), which compressed-tensors would take for one range over all tokens."""
     tiny = write_tiny(tmp_path / "tiny", model_type, **({"ffn_dim": 128, "word_embed_proj_dim": 64}))
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS, quantize_attention=False)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     flat = {f"model.decoder.layers.{block}.{linear}" for block in (0, 1) for linear in ("fc1", "fc2")}
     assert quantized.result.flat_inputs == (flat if model_type == "opt" else set())
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
@@ -96,10 +97,15 @@ def test_a_flat_input_is_quantized_per_token_on_disk_too(model_type: str, tmp_pa
 def test_packed_weights_take_their_bits(tiny: Path, tmp_path: Path) -> None:
     for bits, expected in ((4, 4.0), (3, 3.0), (2, 2.0)):
         recipe = Recipe.preset("rtn", wbits=bits, abits=16, **SETTINGS)
-        quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / str(bits))
+        quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / str(bits), keep_model=True)
         tensors = load_file(tmp_path / str(bits) / "model.safetensors")
         packed = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith("weight_packed"))
-        weights = sum(weight.integers.numel() for block in quantized.result.frozen for weight in block.weights.values())
+        weights = sum(
+            module.weight.numel()
+            for block in quantized.model.model.layers
+            for module in block.modules()
+            if isinstance(module, torch.nn.Linear)
+        )
         assert packed * 8 / weights == expected
         on_disk = sum(tensor.nbytes for tensor in tensors.values())
         assert quantized.sizes.checkpoint_bytes == on_disk
@@ -125,20 +131,17 @@ def test_a_recipe_beside_the_checkpoint_makes_it_again(tiny: Path, tmp_path: Pat
 
 
 def test_large_checkpoints_are_split_and_load(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import PreTrainedModel
-
-    whole = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(
-        PreTrainedModel, "save_pretrained", lambda self, path, **kw: whole(self, path, max_shard_size="300KB", **kw)
-    )
+    monkeypatch.setattr(shards, "MOST_BYTES", 20_000)
     recipe = Recipe.preset("rtn", wbits=4, abits=16, **SETTINGS)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     assert torch.equal(logits(lrquant.load(str(tmp_path / "out"))), logits(quantized.model))
 
 
 def test_what_lies_beside_the_weights(tiny: Path, tmp_path: Path) -> None:
-    lrquant.quantize(str(tiny), Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS), save_dir=tmp_path / "out")
+    lrquant.quantize(
+        str(tiny), Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS), save_dir=tmp_path / "out", keep_model=True
+    )
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "README.md"} <= files
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("class").input_ids
@@ -158,7 +161,7 @@ class TestShiftOnRmsNorm:
         folder = tmp_path_factory.mktemp("shift")
         tiny = write_tiny(folder / "tiny")
         recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS, shift="on", let_lr=0.05)
-        quantized = lrquant.quantize(str(tiny), recipe, save_dir=folder / "out")
+        quantized = lrquant.quantize(str(tiny), recipe, save_dir=folder / "out", keep_model=True)
         biases = [name for name in load_file(folder / "out" / "model.safetensors") if name.endswith(".bias")]
         assert any("input_layernorm" in name for name in biases)
         return folder / "out", logits(quantized.model)

@@ -1,6 +1,7 @@
 """Bad input: one clear line, the right exit code, and nothing left behind."""
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,75 @@ def lose_a_shard(model: Path) -> None:
 
 def nan_weight(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+
+
+class Bomb:
+    """Goes off when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path("exploded").touch, ())  # in the working directory, where the test would find it
+
+
+def only_a_pickle(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+
+
+def disguised_pickle(model: Path) -> None:
+    (model / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+
+
+def index(weight_map: Any) -> Callable[[Path], None]:
+    """The weights in one shard under an index of our own."""
+
+    def on(model: Path) -> None:
+        (model / "model.safetensors").rename(model / "shard.safetensors")
+        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    return on
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    def on(model: Path) -> None:
+        values = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(values | changes))
+
+    return on
+
+
+def raw(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_bytes(content) and None
+
+
+def unfinished(content: str) -> Callable[[Path, Path], list[Any]]:
+    """A run's folder with this in place of its description."""
+
+    def case(tiny: Path, tmp: Path) -> list[Any]:
+        (tmp / ".out.lrquant").mkdir()
+        (tmp / ".out.lrquant" / "lock").touch()
+        (tmp / ".out.lrquant" / "00000.json").write_text("{}")  # a block: the folder is worth keeping
+        (tmp / ".out.lrquant" / "run.json").write_text(content)
+        return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
+
+    return case
+
+
+def below_a_file(tiny: Path, tmp: Path) -> list[Any]:
+    (tmp / "file").touch()
+    return ["quantize", tiny, *QUICK, "--save-dir", tmp / "file" / "out"]
+
+
+def an_empty_folder(tiny: Path, tmp: Path) -> list[Any]:
+    (tmp / "texts").mkdir()
+    return ["quantize", tiny, *QUICK, "--calib", tmp / "texts", "--save-dir", tmp / "out"]
+
+
+def calibration_file(name: str, content: bytes) -> Callable[[Path, Path], list[Any]]:
+    def case(tiny: Path, tmp: Path) -> list[Any]:
+        (tmp / name).write_bytes(content)
+        return ["quantize", tiny, *QUICK, "--calib", tmp / name, "--save-dir", tmp / "out"]
+
+    return case
 
 
 def occupied(tiny: Path, tmp: Path) -> list[Any]:
@@ -168,6 +238,115 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "no save dir": (2, "--save-dir", lambda tiny, tmp: ["quantize", tiny]),
     "misspelt option": (2, "No such option", quantize("--wbit", 4)),
     "statistics": (2, "not a file of channel statistics", quantize("--statistics", "/etc/hostname")),
+    # What a stranger's model may hold.
+    "only a pickle": (1, "pytorch_model.bin is a pickle, which can run code", damaged(only_a_pickle)),
+    "a pickle under another name": (1, "damaged", damaged(disguised_pickle)),
+    "index that leaves the folder": (
+        1,
+        "names '../../secret.safetensors', which is not a file of this folder",
+        damaged(index({"model.norm.weight": "../../secret.safetensors"})),
+    ),
+    "index with an absolute path": (
+        1,
+        "not a file of this folder",
+        damaged(index({"model.norm.weight": "/etc/passwd"})),
+    ),
+    "index of numbers": (1, "no weight_map of file names", damaged(index({"model.norm.weight": 7}))),
+    "index without a map": (1, "no weight_map of file names", damaged(index(None))),
+    "index that is no JSON": (1, "cannot be loaded", damaged(raw("model.safetensors.index.json", b"{{"))),
+    "header of absurd length": (1, "damaged", damaged(raw("model.safetensors", b"\xff" * 8 + b"{}"))),
+    "empty weights": (1, "damaged", damaged(raw("model.safetensors", b""))),
+    "billions of layers": (
+        1,
+        "num_hidden_layers = 1e+09, but there are 20 weights in all",
+        damaged(config(num_hidden_layers=10**9)),
+    ),
+    "a layer of terabytes": (1, "intermediate_size = 1e+12, but no weight", damaged(config(intermediate_size=10**12))),
+    "a number of 4000 digits": (
+        1,
+        "no weight is that large",
+        damaged(lambda m: raw("config.json", b'{"model_type": "llama", "head_dim": 1' + b"0" * 4000 + b"}")(m)),
+    ),
+    "text for a number": (1, "cannot be loaded", damaged(config(hidden_size="many"))),
+    "no heads": (1, "cannot be loaded", damaged(config(num_attention_heads=0))),
+    "fewer layers than weights": (1, "cannot be loaded", damaged(config(hidden_size=32))),
+    "a nested configuration": (
+        1,
+        "cannot be loaded",
+        damaged(raw("config.json", b'{"a":' * 50_000 + b"1" + b"}" * 50_000)),
+    ),
+    "a configuration nested a little": (
+        1,
+        "nested deeper than 32",
+        damaged(raw("config.json", b'{"a":' * 40 + b"1" + b"}" * 40)),
+    ),
+    "a configuration that is a list": (1, "not a mapping", damaged(raw("config.json", b"[]"))),
+    "a configuration that is no text": (1, "cannot be loaded", damaged(raw("config.json", b"\x80\x81\xff"))),
+    "a configuration of megabytes": (
+        1,
+        "larger than",
+        damaged(raw("config.json", b'{"a": "' + b"x" * 9_000_000 + b'"}')),
+    ),
+    "remote code": (
+        1,
+        "cannot be loaded",
+        damaged(config(model_type="own", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})),
+    ),
+    "a broken tokenizer": (1, "cannot be loaded", damaged(raw("tokenizer.json", b"{"))),
+    "a weight of another shape": (
+        1,
+        "cannot be loaded",
+        damaged(rewrite(lambda t: t.update({"model.norm.weight": torch.ones(3)}))),
+    ),
+    "infinite weight": (
+        1,
+        "model.layers.0.mlp.down_proj.weight holds NaN or infinite",
+        damaged(rewrite(lambda t: t["model.layers.0.mlp.down_proj.weight"].fill_(torch.inf))),
+    ),
+    # Recipes.
+    "recipe with a bomb": (2, "aliases have no place", recipe_file("a: &a [x]\nb: [*a, *a]\n")),
+    "recipe of a thousand levels": (2, "not valid YAML", recipe_file("wbits: " + "[" * 2000 + "]" * 2000)),
+    "recipe of megabytes": (2, "this is no recipe", recipe_file("# " + "x" * 2_000_000)),
+    "recipe that is a folder": (
+        2,
+        "cannot read the recipe",
+        lambda tiny, tmp: ["quantize", tiny, "--recipe", tmp, "--save-dir", tmp / "out"],
+    ),
+    "recipe with a huge number": (2, "nsamples", recipe_file("nsamples: 1" + "0" * 40)),
+    "recipe with a huger number": (2, "nsamples", recipe_file("nsamples: 1" + "0" * 4000)),
+    "recipe with no number": (2, "let_lr", recipe_file("let_lr: .nan")),
+    "recipe with infinity": (2, "let_lr", recipe_file("let_lr: .inf")),
+    "recipe with a negative seed": (2, "seed", recipe_file("seed: -1")),
+    "recipe with a list for a name": (2, "init", recipe_file("init: [log]")),
+    "recipe with null": (2, "wbits", recipe_file("wbits: null")),
+    # Options.
+    "where activations live": (2, "Invalid value", quantize("--activations", "tape")),
+    "half precision": (2, "Invalid value", quantize("--dtype", "float16")),
+    "alpha": (2, "alpha", quantize("--alpha", 2)),
+    "rotation rank": (2, "rotation_rank", quantize("--rotation-rank", 0)),
+    "a batch of nothing": (2, "batch_size", quantize("--batch-size", 0)),
+    "an unknown tower": (2, "towers", quantize("--towers", "tail")),
+    "a tower that it has not": (2, "towers 'vision'", quantize("--towers", "vision")),
+    "a part that it has not": (2, "also 'projector'", quantize("--also", "projector")),
+    "a tied head": (2, "is the embedding itself", quantize("--also", "head")),
+    "no windows": (2, "Invalid value", quantize("--eval-ppl", "zoo:pydoc", "--limit-windows", 0)),
+    "adaptation to nothing": (2, "--tta adapts to evaluation texts", quantize("--tta")),
+    "below a file": (2, "cannot be written", below_a_file),
+    # Calibration files.
+    "an empty folder of texts": (2, "no .", an_empty_folder),
+    "a text in no encoding": (2, "cannot be read as text", calibration_file("a.txt", b"\xff\xfe\x81")),
+    "a table without text": (2, "needs a column named 'text'", calibration_file("a.jsonl", b'{"n": 1}\n')),
+    "a broken table": (2, "not a readable", calibration_file("a.jsonl", b'{"text": \n')),
+    "a parquet that is none": (2, "not a readable parquet", calibration_file("a.parquet", b"PAR1 and so on")),
+    "a picture for a text": (2, "text is read from", calibration_file("a.png", b"\x89PNG")),
+    # Unfinished runs that others left.
+    "a damaged run": (2, "whose run this is cannot be told", unfinished("{")),
+    "a run of something else": (2, "damaged (its checksum does not match)", unfinished('{"sha256": "0", "entry": {}}')),
+    "adapting what is no checkpoint": (
+        2,
+        "not a checkpoint that lrquant wrote",
+        lambda tiny, tmp: ["adapt", tiny, "--reference", tiny, "--data", "zoo:pydoc", "--save-dir", tmp / "out"],
+    ),
     "eval nothing": (2, "nothing to measure: name a text", lambda tiny, tmp: ["eval", tiny]),
     "eval unknown": (2, "neither a data set", lambda tiny, tmp: ["eval", tiny, "--ppl", "nothing"]),
     "eval short": (2, "less than one window", lambda tiny, tmp: ["eval", tiny, "--ppl", tiny / "short.txt"]),

@@ -81,7 +81,7 @@ def test_every_rank_starts_at_one(rank: int, tiny: Path) -> None:
 @pytest.mark.parametrize(("wbits", "abits"), [(4, 4), (2, 16)])
 def test_higher_ranks_are_a_dense_export_that_says_so(wbits: int, abits: int, tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant+", wbits=wbits, abits=abits, rotation_rank=2, **SETTINGS)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     assert any("dense" in note for note in quantized.notes)
     assert "dense" in (tmp_path / "out" / "README.md").read_text()
     assert quantized.sizes.bits_per_weight == 16.0
@@ -92,7 +92,7 @@ def test_higher_ranks_are_a_dense_export_that_says_so(wbits: int, abits: int, ti
 
 def test_shifts_of_a_dense_export_survive_the_disk(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant+", wbits=4, abits=16, rotation_rank=2, shift="on", **SETTINGS)
-    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
+    quantized = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", keep_model=True)
     assert torch.equal(logits(lrquant.load(str(tmp_path / "out"))), logits(quantized.model))
 
 

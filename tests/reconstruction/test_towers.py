@@ -1,5 +1,6 @@
 """Every vision and multimodal family goes through the engine, to disk and back, bit for bit."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from lrquant.api import _keep_activations_quantized
 from lrquant.architectures import family_of
 from lrquant.calibration.capture import capture
-from lrquant.checkpoints import load, save
+from lrquant.checkpoints import load
+from lrquant.checkpoints.packing import block_tensors, outside_tensors
+from lrquant.checkpoints.saving import sizes_in_memory, write_checkpoint
 from lrquant.errors import UsageError
 from lrquant.modality import auto_model, modality_of
 from lrquant.recipe import Recipe
@@ -31,11 +34,19 @@ def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
     return model, result, recipe
 
 
+def save(folder: Path, model: Any, result: Reconstruction, recipe: Recipe) -> None:
+    folder.mkdir()
+    sizes = sizes_in_memory(model, result, recipe.stored_scheme, torch.float32)
+    outside = outside_tensors(model, result, recipe.stored_scheme, torch.float32)
+    groups = itertools.chain(outside, block_tensors(model, result, recipe.stored_scheme, torch.float32))
+    write_checkpoint(folder, model, None, result, recipe, torch.float32, "original", groups, lambda written: sizes)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpoints_answer_as_the_model_in_memory(name: str, tmp_path: Path) -> None:
     model, result, recipe = quantized(name, wbits=4, abits=4)
     assert len(result.frozen) == 4 if name in MULTIMODAL or name.startswith("swin") else 2
-    save(tmp_path / "saved", model, None, result, recipe, torch.float32, "original")
+    save(tmp_path / "saved", model, result, recipe)
     loaded = load(str(tmp_path / "saved"))
     assert type(loaded) is type(model)
     assert auto_model(loaded.config) is auto_model(model.config)
@@ -72,7 +83,7 @@ def test_every_method(name: str, method: str) -> None:
 @pytest.mark.parametrize("bits", [(6, 6), (4, 16), (2, 16)])
 def test_every_format(bits: tuple[int, int], tmp_path: Path) -> None:
     model, result, recipe = quantized("deit", wbits=bits[0], abits=bits[1])
-    save(tmp_path / "saved", model, None, result, recipe, torch.float32, "original")
+    save(tmp_path / "saved", model, result, recipe)
     loaded = load(str(tmp_path / "saved"))
     (inputs,) = inputs_of("deit", dtype=torch.float32)
     with torch.no_grad():
@@ -143,7 +154,7 @@ def test_parts_outside_the_blocks_are_rounded_when_chosen(
     if "patch_embedding" in also:
         embedding = model.get_submodule("vit.embeddings.patch_embeddings.projection").weight
         assert all(len(row.unique()) <= 16 for row in embedding.flatten(1))  # four bits
-    save(tmp_path / "saved", model, None, result, recipe, torch.float32, "original")
+    save(tmp_path / "saved", model, result, recipe)
     loaded = load(str(tmp_path / "saved"))
     (inputs,) = inputs_of(name, dtype=torch.float32)
     with torch.no_grad():

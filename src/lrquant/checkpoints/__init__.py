@@ -2,7 +2,7 @@
 
 from lrquant.checkpoints.learned import load_learned, save_learned
 from lrquant.checkpoints.loading import apply_attention_quantization, load, saved_recipe
-from lrquant.checkpoints.saving import Sizes, check_save_dir, save
+from lrquant.checkpoints.saving import Sizes, check_save_dir
 from lrquant.checkpoints.statistics import load_statistics, save_statistics_file
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "load",
     "load_learned",
     "load_statistics",
-    "save",
     "save_learned",
     "save_statistics_file",
     "saved_recipe",

@@ -1,7 +1,7 @@
 """Frozen blocks as compressed-tensors: tensors under their checkpoint names, and the configuration that reads them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import compressed_tensors
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lrquant._registration import OWN_METHOD
 from lrquant.formats import Scheme
-from lrquant.formats.storage import dequantized_on_load, pads_zero_points, storage_format
+from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.storage import dequantized_on_load, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.parameters import FrozenBlock
 
@@ -107,26 +108,89 @@ def _any_block(linear: str, block_paths: Sequence[str]) -> str:
     return rf"re:.*{re.escape(blocks)}\.\d+{re.escape(linear.removeprefix(path))}$"
 
 
-def checkpoint_tensors(
+def unpack_block(
+    tensors: Mapping[str, Tensor], scheme: Scheme, storage_dtype: torch.dtype, dtype: torch.dtype, whole: bool = False
+) -> dict[str, Tensor]:
+    """The dequantized parameters of a packed block in `dtype`: `FrozenBlock.parameters` of what was packed."""
+    if scheme.weights is None:
+        return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    packer = BaseCompressor.get_value_from_registry(storage_format(scheme, whole).value)
+    quantization = QuantizationScheme(targets=[], weights=scheme.weights)
+    products = product_dtype(scheme, storage_dtype)
+    linears = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    result = {}
+    for linear in linears:
+        prefix = f"{linear}.weight"
+        local = {
+            f"weight{name.removeprefix(prefix)}": part for name, part in tensors.items() if name.startswith(prefix)
+        }
+        local["weight_scale"] = local["weight_scale"].to(products)
+        result[prefix] = packer.decompress(local, quantization)["weight"].to(dtype)
+    inside = tuple(f"{linear}.weight" for linear in linears)
+    return result | {name: tensor.to(dtype) for name, tensor in tensors.items() if not name.startswith(inside)}
+
+
+def quantized_size(weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(how many quantized weights, the bits that they take in `tensors`, scales and zero points included)."""
+    bits = 0
+    for linear in weights:
+        parts = (tensors.get(f"{linear}.weight{part}") for part in ("", "_packed", "_scale", "_zero_point"))
+        bits += 8 * sum(part.nbytes for part in parts if part is not None)
+    return sum(weight.integers.numel() for weight in weights.values()), bits
+
+
+def buffers_of(block: nn.Module, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a checkpoint holds of a block besides its parameters."""
+    parameters = {name for name, _ in block.named_parameters()}
+    return {
+        name: _stored(tensor, storage_dtype) for name, tensor in block.state_dict().items() if name not in parameters
+    }
+
+
+def block_tensors(
+    model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """Every block's tensors under their full names, of a result that lies in memory."""
+    for path, frozen in zip(result.block_paths, result.frozen, strict=True):
+        packed = pack_block(frozen, scheme, storage_dtype, needs_whole_weights(model, path))
+        packed = buffers_of(model.get_submodule(path), storage_dtype) | packed
+        yield {f"{path}.{name}": tensor for name, tensor in packed.items()}
+
+
+def rounded_outside(
     model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by its full name: packed blocks, and the rest in `storage_dtype`."""
-    inside = tuple(f"{path}." for path in result.block_paths)
-    rest: Mapping[str, Tensor] = model.state_dict()
-    tensors = {name: _stored(tensor, storage_dtype) for name, tensor in rest.items() if not name.startswith(inside)}
-    for name in result.outside.weights:
-        del tensors[f"{name}.weight"]
+    """The packed tensors of what was rounded outside the blocks."""
     outside = FrozenBlock(result.outside.weights, {})
-    tensors |= pack_block(outside, scheme, storage_dtype, needs_whole_weights(model, ""))
+    return pack_block(outside, scheme, storage_dtype, needs_whole_weights(model, ""))
+
+
+def outside_tensors(
+    model: nn.Module,
+    result: Reconstruction,
+    scheme: Scheme,
+    storage_dtype: torch.dtype,
+    read: Callable[[str], Tensor] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors outside the blocks, in `storage_dtype` where they were not rounded.
+
+    They come in one piece; with `read`, which gives those that are not in memory, one at a time.
+    """
+    inside = tuple(f"{path}." for path in result.block_paths)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in tied}
-    for prefix, frozen in zip(inside, result.frozen, strict=True):
-        packed = pack_block(frozen, scheme, storage_dtype, needs_whole_weights(model, prefix.rstrip(".")))
-        tensors |= {prefix + name: tensor for name, tensor in packed.items()}
-        for name, tensor in rest.items():  # buffers of the block
-            if name.startswith(prefix) and name.removeprefix(prefix).rpartition(".")[0] not in frozen.weights:
-                tensors.setdefault(name, _stored(tensor, storage_dtype))
-    return tensors
+    rounded = {f"{name}.weight" for name in result.outside.weights if scheme.weights is not None}
+    dense = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside) and name not in tied and name not in rounded
+    }
+    packed = rounded_outside(model, result, scheme, storage_dtype)
+    if read is None:
+        yield {name: _stored(tensor, storage_dtype) for name, tensor in dense.items()} | packed
+        return
+    yield packed
+    for name, tensor in dense.items():
+        yield {name: _stored(read(name) if tensor.is_meta else tensor, storage_dtype)}
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

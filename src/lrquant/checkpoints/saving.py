@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,17 @@ from torch import nn
 
 from lrquant._registration import BASE_MODEL_TYPE, OWN_METHOD, OWN_MODEL_TYPE
 from lrquant.checkpoints.card import model_card
-from lrquant.checkpoints.packing import checkpoint_tensors, quantization_config
+from lrquant.checkpoints.durable import sync_tree
+from lrquant.checkpoints.packing import (
+    block_tensors,
+    outside_tensors,
+    quantization_config,
+    quantized_size,
+    rounded_outside,
+)
+from lrquant.checkpoints.shards import ShardWriter
 from lrquant.errors import LrquantError, UsageError
+from lrquant.formats import Scheme
 from lrquant.modality import auto_model
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import Reconstruction
@@ -63,6 +72,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}-"))
         yield temporary
         temporary.chmod(0o755)
+        sync_tree(temporary)
         os.replace(temporary, target)
     except BaseException as error:
         if temporary is not None:
@@ -75,55 +85,76 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def measure_sizes(model: nn.Module, result: Reconstruction, tensors: dict[str, torch.Tensor]) -> Sizes:
+def measure_sizes(model: nn.Module, checkpoint_bytes: int, weights: int, bits: int) -> Sizes:
+    """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    quantized = bits = 0
-    weights = dict(result.outside.weights)
-    for path, frozen in zip(result.block_paths, result.frozen, strict=True):
-        weights |= {f"{path}.{linear}": weight for linear, weight in frozen.weights.items()}
-    for linear, weight in weights.items():
-        quantized += weight.integers.numel()
-        parts = (tensors.get(f"{linear}.weight{part}") for part in ("", "_packed", "_scale", "_zero_point"))
-        bits += 8 * sum(part.nbytes for part in parts if part is not None)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    return Sizes(total, 2 * parameters, bits / quantized if quantized else 16.0)
+    return Sizes(checkpoint_bytes, 2 * parameters, bits / weights if weights else 16.0)
 
 
-def save(
-    save_dir: Path,
+def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype) -> Sizes:
+    """What a result that is not saved would take on disk."""
+    total = sum(map(_bytes_of, outside_tensors(model, result, scheme, storage_dtype)))
+    weights, bits = quantized_outside(model, result, scheme, storage_dtype)
+    for path, frozen, tensors in zip(
+        result.block_paths, result.frozen, block_tensors(model, result, scheme, storage_dtype), strict=True
+    ):
+        total += _bytes_of(tensors)
+        within = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+        more = quantized_size(frozen.weights, within)
+        weights, bits = weights + more[0], bits + more[1]
+    return measure_sizes(model, total, weights, bits)
+
+
+def quantized_outside(
+    model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
+) -> tuple[int, int]:
+    """(quantized weights outside the blocks, the bits that they take)."""
+    return quantized_size(result.outside.weights, rounded_outside(model, result, scheme, storage_dtype))
+
+
+def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write_checkpoint(
+    folder: Path,
     model: Any,
     tokenizer: Any,
     result: Reconstruction,
     recipe: Recipe,
     storage_dtype: torch.dtype,
     base_model: str,
+    groups: Iterable[dict[str, torch.Tensor]],
+    sizes_of: Callable[[int], Sizes],
 ) -> Sizes:
-    """Write the quantized `model` to `save_dir` in compressed-tensors' packed format."""
-    tensors = checkpoint_tensors(model, result, recipe.stored_scheme, storage_dtype)
-    sizes = measure_sizes(model, result, tensors)
+    """Fill `folder` with a checkpoint in compressed-tensors' format. `groups` yields its tensors a few at a time.
+
+    `sizes_of` is told how many bytes the tensors took.
+    """
     config = quantization_config(model, result, recipe.stored_scheme)
-    with whole_directory(save_dir) as folder:
-        _save_pretrained(model, folder, tensors)
-        _finish_config(folder / "config.json", config, storage_dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        recipe.to_yaml(folder / RECIPE_FILE)
-        (folder / "README.md").write_text(
-            model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
-        )
+    shards = ShardWriter(folder)
+    for tensors in groups:
+        shards.add(_as_stored_before(model, tensors))
+    sizes = sizes_of(shards.finish())
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    _finish_config(folder / "config.json", config, storage_dtype)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    recipe.to_yaml(folder / RECIPE_FILE)
+    card = model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+    (folder / "README.md").write_text(card)
     return sizes
 
 
-def _save_pretrained(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from transformers.utils import logging
+def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
+    from transformers.core_model_loading import revert_weight_conversion
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder, state_dict=tensors)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in ignored})
 
 
 def _finish_config(path: Path, config: dict[str, Any], storage_dtype: torch.dtype) -> None:

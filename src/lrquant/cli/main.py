@@ -71,7 +71,7 @@ def run(program: Callable[[], object]) -> None:
     except LrquantError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt as error:
-        _fail("interrupted; nothing was left behind", 130, error)
+        _fail(str(error) or "interrupted", 130, error)
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, error)
 

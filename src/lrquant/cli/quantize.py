@@ -41,6 +41,13 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class Activations(StrEnum):
+    auto = "auto"
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -199,6 +206,12 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
     ] = None,
     json: JsonFile = None,
+    activations: Annotated[
+        Activations, typer.Option(help="Where hidden states wait while blocks are learned.")
+    ] = Activations.auto,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; else an interrupted run of the same command goes on.")
+    ] = False,
     report: Report = True,
     log_to: LogTo = None,
     push_to_hub: PushToHub = None,
@@ -271,6 +284,8 @@ def quantize(
             watcher=Watchers(progress, *trackers, *([observer] if observer else [])),
             statistics=given,
             trust_remote_code=trust_remote_code,
+            restart=restart,
+            activations=activations.value,
         )
         if save_statistics:
             save_statistics_file(save_statistics, quantized.result.statistics)
