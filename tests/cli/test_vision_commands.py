@@ -81,6 +81,7 @@ model = AutoModelForImageTextToText.from_pretrained({str(saved)!r})
 content = [{{"type": "image"}}, {{"type": "text", "text": "How many shapes are there?"}}]
 text = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
 inputs = processor(images=picture, text=text, return_tensors="pt")
+model(**inputs)  # unpacks the weights, as the model card says
 ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
 print(processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """

@@ -55,6 +55,8 @@ def model_card(
     loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     if own:
         loading = "import lrquant  # teaches transformers the biases that this checkpoint adds\n" + loading
+    if auto == "AutoModelForImageTextToText" and "vision" in (recipe.towers or ()) and not config.get("dequantize"):
+        loading += "\nmodel(**inputs)  # once, before model.generate(**inputs): the first call unpacks the vision tower"
     attention = ""
     if result.attention_quantized:
         attention = (

@@ -87,6 +87,7 @@ def _answer_a_question(path: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": asked.question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=image, text=text, return_tensors="pt")
+        model(**inputs)  # unpacks the vision tower, which `generate` asks before it calls the model
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # type: ignore[misc]
     said = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return f"is asked of a held-out picture: {asked.question}{said} (It is {asked.answer}.)"
