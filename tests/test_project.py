@@ -16,7 +16,7 @@ ROOMS = [
     ["errors", "watching", "hub", "memory"],
     ["formats", "losses"],
     ["recipe"],
-    ["transforms"],
+    ["transforms", "scarcity"],
     ["architectures"],
     ["zoo", "modality"],
     ["calibration"],

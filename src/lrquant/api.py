@@ -44,6 +44,7 @@ from lrquant.reconstruction.learning import Learnables
 from lrquant.reconstruction.residence import Residence
 from lrquant.reconstruction.store import ActivationStore, Where
 from lrquant.report.observer import Observer
+from lrquant.scarcity import advised, knobs
 from lrquant.streaming import Streamed, open_streamed
 from lrquant.transforms.statistics import ChannelStatistics
 from lrquant.untrusted import weight_files
@@ -156,20 +157,22 @@ def quantize(
         files = run.folder if run is not None else Path(tempfile.gettempdir())
         observer = Observer() if report else None
         store = ActivationStore(activations, on, files, len(samples), 2 + recipe.two_branch)
-        result = reconstruct(
-            model,
-            family,
-            recipe,
-            samples,
-            on,
-            storage_dtype,
-            Watchers(*(each for each in (watcher, observer) if each)),
-            statistics,
-            start_from,
-            journal=journal,
-            residence=residence,
-            store=store,
-        )
+        asked: Recipe = recipe
+        with advised(lambda: knobs(asked, store.where, dtype)):
+            result = reconstruct(
+                model,
+                family,
+                recipe,
+                samples,
+                on,
+                storage_dtype,
+                Watchers(*(each for each in (watcher, observer) if each)),
+                statistics,
+                start_from,
+                journal=journal,
+                residence=residence,
+                store=store,
+            )
         recipe = result.recipe
         if keep:
             _keep_activations_quantized(model, recipe, result)

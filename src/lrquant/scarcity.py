@@ -1,0 +1,44 @@
+"""Out of memory, answered with the knobs that help, in the order that helps most."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lrquant.errors import LrquantError
+from lrquant.recipe import Recipe
+
+
+def knobs(recipe: Recipe, activations: str, dtype: torch.dtype) -> list[str]:
+    """Options that would take less memory than these settings, the most helpful first."""
+    found = []
+    if recipe.batch_size > 1:
+        found.append(f"--batch-size {recipe.batch_size // 2}")
+    if activations in ("auto", "device"):
+        found.append("--activations host")
+    elif activations == "host":
+        found.append("--activations disk")
+    if recipe.seqlen and recipe.seqlen > 2:
+        found.append(f"--seqlen {recipe.seqlen // 2}")
+    if dtype == torch.float32:
+        found.append("--dtype bfloat16")
+    return found
+
+
+@contextmanager
+def advised(options: Callable[[], list[str]]) -> Iterator[None]:
+    """Within, running out of memory is an error of one line that names `options()`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise _advice(error, options()) from error
+    except RuntimeError as error:  # the allocator of host memory has no exception of its own
+        if "DefaultCPUAllocator" not in str(error) and "Cannot allocate memory" not in str(error):
+            raise
+        raise _advice(error, options()) from error
+
+
+def _advice(error: BaseException, options: list[str]) -> LrquantError:
+    where = "the device" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    remedy = f"try, the most helpful first: {', '.join(options)}" if options else "it needs a larger one"
+    return LrquantError(f"out of memory on {where}; {remedy}")
