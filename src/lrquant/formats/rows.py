@@ -176,7 +176,7 @@ def gradients_of_rows(
     grad_offset = (inside * found.scale).flatten(-2) if wants_offset else None
     grad_x = grad_column = None
     if wants_x or wants_column:
-        at_low, at_high = y == low, y == high
+        at_low, at_high = (y == low).to(y.dtype), (y == high).to(y.dtype)
         share_low = to_low / at_low.sum(-1, keepdim=True).clamp(min=1)
         share_high = to_high / at_high.sum(-1, keepdim=True).clamp(min=1)
         grad_y = (inside + share_low * at_low + share_high * at_high).flatten(-2)
