@@ -30,7 +30,7 @@ from lrquant.calibration import capture
 from lrquant.formats import Factors, Grid, activations, kernels
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.reconstruction import parameters
-from lrquant.reconstruction.engine import _Run, enabled_equivalences, linear_input_args
+from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.learning import learn, plain_loss
 from lrquant.reconstruction.parameters import (
     BlockParameters,
@@ -39,6 +39,7 @@ from lrquant.reconstruction.parameters import (
     initial_rotation,
     initial_smoothing,
 )
+from lrquant.reconstruction.preparation import enabled_equivalences, linear_input_args
 from lrquant.reconstruction.speed import has_triton
 from lrquant.reconstruction.store import ActivationStore
 
@@ -160,7 +161,7 @@ def main(
     recipe = Recipe.preset(method, wbits=wbits, abits=abits, group_size=group_size, batch_size=batch)
     inputs.hidden = [each.to(device) for each in inputs.hidden]
     stream = [each.clone() for each in inputs.hidden]
-    run = _Run(block, 0, inputs, device, batch)
+    run = BlockCalls(block, 0, inputs, device, batch)
     store = ActivationStore("device", device, Path(), len(samples), 3)
     own = run.outputs(stream, store) if recipe.two_branch else None
     gathered, flat = run.advance_full_precision(inputs.hidden)

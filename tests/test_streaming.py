@@ -9,7 +9,7 @@ import torch
 import lrquant
 from lrquant import Recipe
 from lrquant.checkpoints import shards
-from lrquant.reconstruction.engine import _Run
+from lrquant.reconstruction.calls import BlockCalls
 from lrquant.streaming import open_streamed
 from lrquant.watching import Watcher
 from tests.test_resume import IDS, contents
@@ -57,16 +57,16 @@ def test_one_block_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.Mon
         opened.append(open_streamed(*arguments))
         return opened[-1]
 
-    real = _Run._call
+    real = BlockCalls._call
 
-    def call(self: _Run, *arguments: Any) -> Any:
+    def call(self: BlockCalls, *arguments: Any) -> Any:
         layers = opened[0][0].model.layers
         most.append(sum(not next(layer.parameters()).is_meta for layer in layers))
         assert opened[0][0].lm_head.weight.is_meta
         return real(self, *arguments)
 
     monkeypatch.setattr("lrquant.api.open_streamed", watched)
-    monkeypatch.setattr(_Run, "_call", call)
+    monkeypatch.setattr(BlockCalls, "_call", call)
     lrquant.quantize(str(tiny), recipe(), calibration=IDS, save_dir=tmp_path / "out")
     assert set(most) == {1}
 

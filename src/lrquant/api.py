@@ -39,8 +39,9 @@ from lrquant.models import (
 )
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
-from lrquant.reconstruction.engine import flat_inputs_within, linear_input_args
+from lrquant.reconstruction.engine import flat_inputs_within
 from lrquant.reconstruction.learning import Learnables
+from lrquant.reconstruction.preparation import linear_input_args
 from lrquant.reconstruction.residence import Residence
 from lrquant.reconstruction.store import ActivationStore, Where
 from lrquant.report.observer import Observer

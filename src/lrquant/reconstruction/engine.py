@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lrquant.architectures import Family, MultimodalFamily, Stage
-from lrquant.calibration.capture import BlockInputs, capture
-from lrquant.errors import LrquantError, UsageError
+from lrquant.calibration.capture import capture
+from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.journal import FinishedBlock, Journal
-from lrquant.reconstruction.learning import Forward, Learnables, learn, or_present
+from lrquant.reconstruction.learning import Learnables, learn, or_present
 from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
     BlockParameters,
@@ -45,14 +45,19 @@ from lrquant.reconstruction.parameters import (
     initial_offsets,
     initial_rotation,
     initial_smoothing,
-    quantized_parameters,
+)
+from lrquant.reconstruction.preparation import (
+    check_finite,
+    check_group_size,
+    choose_shifts,
+    enabled_equivalences,
+    linear_input_args,
 )
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.reconstruction.residence import Residence
-from lrquant.reconstruction.speed import matrix_products, settle
+from lrquant.reconstruction.speed import settle
 from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.reconstruction.view import BlockView, Decided
-from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
 from lrquant.transforms.statistics import ChannelStatistics
 from lrquant.watching import Watcher
@@ -152,7 +157,7 @@ def reconstruct(
         began = time.perf_counter()
         with _held(residence, path, device) as block:
             check_finite(block, path)
-            run = _Run(block, index, inputs, device, batch)
+            run = BlockCalls(block, index, inputs, device, batch)
             view = BlockView(place, path, block, run.call_one, target_stream, quantized_stream)
             watcher.block_begins(view)
             restored = journal.restore(place, block) if journal.finished(place) else None
@@ -261,7 +266,7 @@ def gather_statistics(
         for index, block in enumerate(blocks):
             check_finite(block, f"{stage.path}.{index}")
             with _held(Residence(model), f"{stage.path}.{index}", device):
-                statistics, _ = _Run(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
+                statistics, _ = BlockCalls(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
             result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
     return result
 
@@ -289,68 +294,6 @@ def _behind_quantized(
 def flat_inputs_within(result: Reconstruction, path: str) -> set[str]:
     """Names, within the block at `path`, of the linears that see (tokens, width)."""
     return {name.removeprefix(f"{path}.") for name in result.flat_inputs if name.startswith(f"{path}.")}
-
-
-def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
-    """The family's transformations that the recipe switches on. Query–key scales only matter to rounded attention."""
-    if not recipe.let:
-        return []
-    enabled = []
-    for equivalence in declared:
-        if isinstance(equivalence, ValueToOutput) and not recipe.smooth_attention:
-            continue
-        if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention):
-            continue
-        if isinstance(equivalence, UpToDown) and not recipe.smooth_mlp:
-            continue
-        enabled.append(equivalence)
-    return enabled
-
-
-def choose_shifts(
-    block: nn.Module, equivalences: Sequence[Equivalence], shift: str
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(transformations that learn a shift, modules that need a bias added for it).
-
-    `auto` shifts where every bias is there; `on` everywhere, and the missing biases are added.
-    """
-    if shift == "off":
-        return (), ()
-    shifted, slots = [], []
-    for equivalence in equivalences:
-        missing = missing_biases(block, equivalence.bias_slots)
-        if equivalence.bias_slots and (shift == "on" or not missing):
-            shifted.append(equivalence.name)
-            slots += [name for name in missing if name not in slots]
-    return tuple(shifted), tuple(slots)
-
-
-def check_group_size(block: nn.Module, group_size: int | None) -> None:
-    for name, module in block.named_modules():
-        if group_size and isinstance(module, nn.Linear) and module.in_features % group_size:
-            widths = [part.in_features for part in block.modules() if isinstance(part, nn.Linear)]
-            divisors = [size for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
-            raise UsageError(
-                f"group size {group_size} does not divide the {module.in_features} input channels of {name}; "
-                f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave it out'}"
-            )
-
-
-def check_finite(block: nn.Module, path: str) -> None:
-    for name, parameter in block.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise LrquantError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged")
-
-
-def linear_input_args(
-    block: nn.Module, args: QuantizationArgs | None, recipe: Recipe, flat: set[str]
-) -> dict[nn.Linear, QuantizationArgs | None]:
-    """Activation format of every linear's input."""
-    return {
-        module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and args is not None
-    }
 
 
 def frozen_on_cpu(frozen: FrozenBlock) -> FrozenBlock:
@@ -404,118 +347,3 @@ def _checked_start(start: Learnables, given: Learnables, index: int, device: tor
             f"use the options that they were learned with"
         )
     return {name: given[name].to(device) for name in start}
-
-
-def _split(output: Tensor, samples: int) -> Sequence[Tensor]:
-    """One tensor per sample; a lone sample may come without a batch dimension."""
-    return [output] if samples == 1 else output.split(1)
-
-
-@dataclass
-class _Run:
-    """Calls of one block on the samples of a stream."""
-
-    block: nn.Module
-    index: int
-    inputs: BlockInputs
-    device: torch.device
-    batch: int
-
-    def _call(
-        self,
-        stream: Sequence[Tensor] | Mapping[int, Tensor],
-        chosen: Sequence[int],
-        parameters: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
-        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
-        hidden = torch.cat([stream[sample] for sample in chosen]).to(self.device)
-        output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
-        return output[0] if isinstance(output, tuple) else output
-
-    def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
-        return self._call(stream, [sample], parameters)
-
-    def _batches(self) -> Iterator[list[int]]:
-        everything = range(len(self.inputs.hidden))
-        for start in range(0, len(everything), self.batch):
-            yield list(everything[start : start + self.batch])
-
-    @torch.no_grad()
-    def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
-        """The block's outputs on `stream`, kept apart from it."""
-        result = store.stream(stream[0])
-        for chosen in self._batches():
-            for output in _split(self._call(stream, chosen, None), len(chosen)):
-                result.append(output)
-        return result
-
-    @torch.no_grad()
-    def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
-        """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
-        statistics: dict[str, ChannelStatistics] = {}
-        flat: set[str] = set()
-        rows = [0]
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0]
-                if x.ndim == 2:
-                    flat.add(name)
-                statistics.setdefault(name, ChannelStatistics()).update(x.reshape(rows[0], -1, x.shape[-1]))
-
-            return hook
-
-        handles = [
-            module.register_forward_pre_hook(watch(name))
-            for name, module in self.block.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        try:
-            for chosen in self._batches():
-                rows[0] = len(chosen)
-                for sample, output in zip(chosen, _split(self._call(stream, chosen, None), len(chosen)), strict=True):
-                    if not torch.isfinite(output).all():
-                        raise LrquantError(
-                            f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
-                        )
-                    stream[sample] = output
-        finally:
-            for handle in handles:
-                handle.remove()
-        return statistics, flat
-
-    @torch.no_grad()
-    def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
-        """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
-        total = 0.0
-        for chosen in self._batches():
-            for sample, output in zip(chosen, _split(self._call(stream, chosen, None), len(chosen)), strict=True):
-                stream[sample] = output
-                target = targets[sample].to(output.device)
-                total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
-        return total / len(stream)
-
-    def forward_function(
-        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]], recipe: Recipe
-    ) -> Forward:
-        """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
-        dtype = next(self.block.parameters()).dtype
-        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
-
-        def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            with matrix_products(recipe, self.device):
-                output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
-            return output, self._wanted(targets, chosen)
-
-        return forward
-
-    def fixed_function(
-        self, parameters: Mapping[str, Tensor], stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
-    ) -> Forward:
-        """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
-        here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
-        return lambda _, chosen: (self._call(stream, chosen, here), self._wanted(targets, chosen))
-
-    def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
-        return [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]

@@ -1,0 +1,137 @@
+"""Calls of one block on the samples of a stream: with its own weights, or with weights made from learnables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.calibration.capture import BlockInputs
+from lrquant.errors import LrquantError
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.learning import Forward, Learnables
+from lrquant.reconstruction.parameters import BlockParameters, quantized_parameters
+from lrquant.reconstruction.speed import matrix_products
+from lrquant.reconstruction.store import ActivationStore, Stream
+from lrquant.transforms.statistics import ChannelStatistics
+
+
+def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
+    """One tensor per sample; a lone sample may come without a batch dimension."""
+    return [output] if samples == 1 else output.split(1)
+
+
+@dataclass
+class BlockCalls:
+    """Calls of one block on the samples of a stream."""
+
+    block: nn.Module
+    index: int
+    inputs: BlockInputs
+    device: torch.device
+    batch: int
+
+    def _call(
+        self,
+        stream: Sequence[Tensor] | Mapping[int, Tensor],
+        chosen: Sequence[int],
+        parameters: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
+        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
+        hidden = torch.cat([stream[sample] for sample in chosen]).to(self.device)
+        output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        return self._call(stream, [sample], parameters)
+
+    def _batches(self) -> Iterator[list[int]]:
+        everything = range(len(self.inputs.hidden))
+        for start in range(0, len(everything), self.batch):
+            yield list(everything[start : start + self.batch])
+
+    @torch.no_grad()
+    def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
+        """The block's outputs on `stream`, kept apart from it."""
+        result = store.stream(stream[0])
+        for chosen in self._batches():
+            for output in split_samples(self._call(stream, chosen, None), len(chosen)):
+                result.append(output)
+        return result
+
+    @torch.no_grad()
+    def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
+        """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
+        statistics: dict[str, ChannelStatistics] = {}
+        flat: set[str] = set()
+        rows = [0]
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                if x.ndim == 2:
+                    flat.add(name)
+                statistics.setdefault(name, ChannelStatistics()).update(x.reshape(rows[0], -1, x.shape[-1]))
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            for chosen in self._batches():
+                rows[0] = len(chosen)
+                for sample, output in zip(
+                    chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
+                ):
+                    if not torch.isfinite(output).all():
+                        raise LrquantError(
+                            f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
+                        )
+                    stream[sample] = output
+        finally:
+            for handle in handles:
+                handle.remove()
+        return statistics, flat
+
+    @torch.no_grad()
+    def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
+        """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
+        total = 0.0
+        for chosen in self._batches():
+            for sample, output in zip(
+                chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
+            ):
+                stream[sample] = output
+                target = targets[sample].to(output.device)
+                total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
+        return total / len(stream)
+
+    def forward_function(
+        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]], recipe: Recipe
+    ) -> Forward:
+        """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
+        dtype = next(self.block.parameters()).dtype
+        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
+
+        def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+            with matrix_products(recipe, self.device):
+                output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
+            return output, self._wanted(targets, chosen)
+
+        return forward
+
+    def fixed_function(
+        self, parameters: Mapping[str, Tensor], stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+    ) -> Forward:
+        """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
+        here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
+        return lambda _, chosen: (self._call(stream, chosen, here), self._wanted(targets, chosen))
+
+    def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
+        return [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]
