@@ -64,7 +64,7 @@ def test_towers_whose_code_fills_weights_unseen_load_without_lrquant(
     """CLIP's and SigLIP's initialisation stumbles over packed weights; theirs are whole where they would be packed."""
     method = {"method": "rtn", "quantize_attention": False, **changes}  # the file holds no scheme for attention
     model, result, recipe = quantized(name, wbits=4, **method)
-    save(tmp_path / "saved", model, None, result, recipe, torch.float32, "original")
+    save(tmp_path / "saved", model, result, recipe)
     plain = auto_model(model.config).from_pretrained(tmp_path / "saved")
     (inputs,) = inputs_of(name, dtype=torch.float32)
     with torch.no_grad():
