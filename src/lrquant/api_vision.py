@@ -1,6 +1,7 @@
 """The verbs for models that see: `evaluate_images` and `evaluate_answers`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lrquant.calibration.dialogues import dialogues
@@ -22,8 +23,8 @@ def evaluate_images(
 
     `how`: `device` and `dtype` ("auto"), `trust_remote_code` (False), `told(samples just done, of how many)`.
     """
-    chosen = {source: pictures(source, train=False, limit=limit or PICTURES) for source in sources}
-    return _measured(image_accuracy, chosen, "image", model_or_path, processor, **how)
+    chosen = partial(pictures, train=False, limit=limit or PICTURES)
+    return _measured(image_accuracy, sources, chosen, "image", model_or_path, processor, **how)
 
 
 def evaluate_answers(
@@ -32,13 +33,14 @@ def evaluate_answers(
     """Exact match and answer perplexity of a multimodal model on each of `sources`: `zoo:shapes-vqa`, or a .jsonl
     file of questions with answers; up to `limit` questions of each (all of a file). `how` as in `evaluate_images`.
     """
-    chosen = {source: dialogues(source, train=False, limit=limit) for source in sources}
-    return _measured(answer_quality, chosen, "image+text", model_or_path, processor, **how)
+    chosen = partial(dialogues, train=False, limit=limit)
+    return _measured(answer_quality, sources, chosen, "image+text", model_or_path, processor, **how)
 
 
 def _measured(
     quality: Any,  # (model, processor, samples) → result
-    chosen: dict[str, Any],
+    sources: Sequence[str],
+    chosen: Callable[[str], Any],  # the samples of a source
     wanted: Modality,
     model_or_path: Any,
     processor: Any,
@@ -62,6 +64,6 @@ def _measured(
     home = next(model.parameters()).device
     model.to(on)
     try:
-        return {source: quality(model, processor, samples, told=told) for source, samples in chosen.items()}
+        return {source: quality(model, processor, chosen(source), told=told) for source in sources}
     finally:
         model.to(home)

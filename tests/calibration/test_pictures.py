@@ -133,7 +133,7 @@ def test_the_zoo_draws_the_same_pictures_again_and_other_ones_for_another_seed()
 def test_calibration_and_evaluation_never_share_a_picture() -> None:
     assert shapes.seeds(True, 10)[-1] < shapes.HELD_OUT_FROM <= shapes.seeds(False, 10)[0]
     labels = {picture.label for picture in pictures("zoo:shapes", train=False, limit=300)}
-    assert labels == set(range(16))
+    assert labels == set(range(len(shapes.CLASSES)))
 
 
 def test_every_answer_follows_from_the_picture() -> None:
