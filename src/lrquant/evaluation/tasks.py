@@ -63,10 +63,11 @@ def run_tasks(
         UsageError: the model takes no text.
     """
     manager = check_tasks(tasks)
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
     from lm_eval.utils import make_table
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = lambda: None  # would ask git about the user's folder, which may answer aloud
     wrapped = _wrapped(model, tokenizer, batch_size)
     processor = getattr(wrapped, "processor", None)
     merged: dict[str, Any] = {}
