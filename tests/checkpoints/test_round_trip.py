@@ -146,7 +146,8 @@ def test_what_lies_beside_the_weights(tiny: Path, tmp_path: Path) -> None:
     assert {"config.json", "generation_config.json", "model.safetensors", "recipe.yaml", "README.md"} <= files
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("class").input_ids
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"base_model: {tiny}" in card
+    assert "quantization: W4A4" in card
+    assert "base_model" not in card  # a local folder; the hub would refuse it
     scheme = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"][
         "group_0"
     ]
