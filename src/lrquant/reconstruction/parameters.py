@@ -56,13 +56,13 @@ def initial_smoothing(
     alpha: float,
     shifted: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Where scales and shifts start. `shifted` names the transformations that learn a shift."""
+    """Where scales and shifts start, apart from the statistics. `shifted` names those that learn a shift."""
     learnables = {}
     for equivalence in fixed.equivalences:
         start = equivalence.initial(fixed.tensors, statistics, init, alpha)
-        learnables[f"{equivalence.name}.scale"] = start["scale"].contiguous()
+        learnables[f"{equivalence.name}.scale"] = start["scale"].clone(memory_format=torch.contiguous_format)
         if equivalence.name in shifted:
-            learnables[f"{equivalence.name}.shift"] = start["shift"].contiguous()
+            learnables[f"{equivalence.name}.shift"] = start["shift"].clone(memory_format=torch.contiguous_format)
     return learnables
 
 

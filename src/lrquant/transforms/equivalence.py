@@ -87,7 +87,8 @@ def reparameterize(
         bias = params.get(f"{norm}.bias")
         if bias is not None:
             vectors[f"{norm}.bias"] = (bias if shift is None else bias - shift) / scale
-    for linear in edits.row.keys() | edits.input_shift.keys() | edits.output_shift.keys():
+    # In a fixed order: a set's changes from process to process, and with it the order in which gradients are added up.
+    for linear in dict.fromkeys([*edits.row, *edits.input_shift, *edits.output_shift]):
         bias = params.get(f"{linear}.bias")
         if bias is None:
             continue
@@ -102,7 +103,7 @@ def reparameterize(
 def materialize(params: Parameters, changed: Reparameterized) -> dict[str, Tensor]:
     """`params` with every transformed weight written out, in full precision."""
     result = dict(params) | dict(changed.vectors)
-    for linear in changed.row.keys() | changed.column.keys():
+    for linear in dict.fromkeys([*changed.row, *changed.column]):
         weight = params[f"{linear}.weight"]
         if linear in changed.row:
             weight = weight * changed.row[linear][:, None]
