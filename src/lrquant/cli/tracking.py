@@ -1,5 +1,6 @@
 """Scalars of a run for TensorBoard and Weights & Biases, written by their own packages when asked for."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -21,14 +22,14 @@ class Tracker(StrEnum):
     wandb = "wandb"
 
 
-class Tracking(Watcher):
+class Tracking(Watcher, ABC):
     """Hands scalars to a tracker: every epoch's loss, then a block's figures, then the results."""
 
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def scalar(self, name: str, value: float, step: int) -> None: ...
 
     def epoch_done(self, block: int, epoch: int, loss: float) -> None:
         self.scalar(f"loss/block {block}", loss, epoch)
@@ -41,8 +42,8 @@ class Tracking(Watcher):
         for name, value in values.items():
             self.scalar(f"results/{name}", value, 0)
 
-    def close(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def close(self) -> None: ...
 
 
 class _TensorBoard(Tracking):

@@ -47,7 +47,7 @@ class Journal:
 
     def summary(self, place: int) -> FinishedBlock:
         """As `restore`, of a block that nothing needs to pass through any more."""
-        raise NotImplementedError
+        raise LookupError(f"block {place} was not finished")
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
         """`block`, at `path` in the model, is learned and frozen."""

@@ -15,6 +15,7 @@ an error and not a bus error.
 import mmap
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -32,11 +33,11 @@ DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of what is free, that `auto` gives to st
 class Stream(Sequence[Tensor]):
     """Hidden states of every sample; assigning moves a tensor to where the stream lives."""
 
-    def append(self, hidden: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def append(self, hidden: Tensor) -> None: ...
 
-    def __setitem__(self, sample: int, hidden: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __setitem__(self, sample: int, hidden: Tensor) -> None: ...
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[sample] for sample in range(len(self)))
