@@ -61,8 +61,9 @@ class Recipe(BaseModel):
     dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
     rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
     rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
-    rounding: Literal["nearest", "learned"] = Field(
-        "nearest", description="Weights to the nearest integer, or by an offset learned for each weight"
+    rounding: Literal["nearest", "learned", "gptq", "gptq+learned"] = Field(
+        "nearest",
+        description="Weights to the nearest integer, by an offset learned for each weight, by compensation (GPTQ)",
     )
     epochs: int = Field(20, ge=0, le=10_000, description="Passes over the calibration samples per block")
     batch_size: int = Field(1, ge=1, description="Samples per step")
@@ -138,7 +139,9 @@ class Recipe(BaseModel):
 
     @property
     def learns(self) -> bool:
-        return self.epochs > 0 and (self.let or self.lwc or self.rotation or self.rounding == "learned")
+        return self.epochs > 0 and (
+            self.let or self.lwc or self.rotation or self.rounding in ("learned", "gptq+learned")
+        )
 
     @classmethod
     def preset(cls, method: str = "lrquant", paper_exact: bool = False, **changes: Any) -> "Recipe":

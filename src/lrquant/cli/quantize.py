@@ -146,7 +146,8 @@ def quantize(
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
     rounding: Annotated[
-        Literal["nearest", "learned"] | None, typer.Option(help="To the nearest integer, or by learned offsets.")
+        Literal["nearest", "learned", "gptq", "gptq+learned"] | None,
+        typer.Option(help="To the nearest integer, by learned offsets, by compensation (GPTQ), or both."),
     ] = None,
     rounding_lr: Annotated[
         float | None, typer.Option(help="Learning rate of rounding.", show_default="by the steps")

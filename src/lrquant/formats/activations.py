@@ -3,7 +3,7 @@
 Linear inputs are rounded in a forward pre-hook. Queries, keys and values are rounded in an attention
 function registered with transformers, which then calls the attention that the model would have used:
 `lrquant_sdpa` ends in SDPA, `lrquant_eager` in the model's own eager attention (Gemma 2's soft-capping
-needs it). Modules without an entry in `_SCHEMES` get their attention unchanged, so a model can be left on
+needs it). Modules without the attribute `_SCHEME` get their attention unchanged, so a model can be left on
 these functions for good.
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -23,12 +23,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from lrquant.formats.fake_quant import fake_quantize
 from lrquant.formats.grids import Grid
 
-_SCHEMES: WeakKeyDictionary[nn.Module, QuantizationArgs] = WeakKeyDictionary()
+_SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
 PREFIX = "lrquant_"
 
 
 def _quantized(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-    args = _SCHEMES.get(module)
+    args = getattr(module, _SCHEME, None)
     return tensors if args is None else tuple(_rounded(tensor, args, _product_dtype(tensor)) for tensor in tensors)
 
 
@@ -75,7 +75,8 @@ def install(
         if args is not None:
             handles.append(linear.register_forward_pre_hook(_input_hook(args, latest)))
     if attention_args is not None:
-        _SCHEMES.update(dict.fromkeys(attention, attention_args))
+        for module in attention:
+            setattr(module, _SCHEME, attention_args)
     return handles
 
 
@@ -88,7 +89,8 @@ class _Latest:
         self.result: Tensor | None = None
 
     def quantized(self, x: Tensor, args: QuantizationArgs) -> Tensor:
-        if x.is_inference():  # has no version by which a change in place would show
+        # A graph finds what its parts share; in inference a tensor has no version by which a change would show.
+        if torch.compiler.is_compiling() or x.is_inference():
             return _rounded(x, args, _product_dtype(x))
         key = (x._version, Grid.of(args), _product_dtype(x), torch.is_grad_enabled())
         if self.source() is not x or self.key != key or self.result is None:
@@ -131,4 +133,4 @@ def quantized_activations(
         for handle in handles:
             handle.remove()
         for module in modules:
-            _SCHEMES.pop(module, None)
+            vars(module).pop(_SCHEME, None)

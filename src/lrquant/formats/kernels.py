@@ -39,6 +39,8 @@ def using(kernels: str) -> Iterator[None]:
 
 def quantize(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.quantize_rows` by the chosen kernels."""
+    if torch.compiler.is_compiling():  # into a larger graph (lrquant.reconstruction.graphs)
+        return quantize_rows(x, factors, how)
     kernels = _chosen_for(x)
     if kernels == "triton":
         from lrquant.formats import triton_kernels
@@ -61,6 +63,8 @@ def gradients(
     wanted: Sequence[bool],
 ) -> Gradients:
     """`rows.gradients_of_rows` by the chosen kernels."""
+    if torch.compiler.is_compiling():
+        return gradients_of_rows(x, factors, low, high, grad, how, wanted)
     kernels = _chosen_for(x)
     if kernels == "triton":
         from lrquant.formats import triton_kernels

@@ -5,7 +5,7 @@ zero point z of each group (lrquant.formats.grids), and a factor r on the dequan
 
     q = round(clamp(y/s + z + v))        x̂ = (q − z)·(s·r)
 
-(v is a learned rounding offset in [−½, ½], zero unless given; r is LRQuant+'s rotation vector.) Rounding is
+(v is an offset that rounding learns, zero unless given; r is LRQuant+'s rotation vector.) Rounding is
 straight-through (its derivative is 1), everything else is differentiated exactly. Inside the clipping range x̂
 moves with y, outside it with the end m of the range, which the zero point follows:
 
@@ -35,7 +35,7 @@ class Factors(NamedTuple):
     clip_low: Tensor | None = None  # (rows, groups, 1), factor on the minimum, in (0, 1]
     clip_high: Tensor | None = None  # same, on the maximum
     gain: Tensor | None = None  # (rows, groups or 1, 1), factor on the dequantized values
-    offset: Tensor | None = None  # (rows, width) in [−½, ½], added before rounding
+    offset: Tensor | None = None  # (rows, width), added before rounding
 
     def of_rows(self, rows: slice) -> "Factors":
         """The factors of some of the rows."""

@@ -1,6 +1,7 @@
 """Calls of one block on the samples of a stream: with its own weights, or with weights made from learnables."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch.func import functional_call
 
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
+from lrquant.formats import kernels
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.graphs import Graph
 from lrquant.reconstruction.learning import Forward, Learnables
 from lrquant.reconstruction.parameters import BlockParameters, quantized_parameters
 from lrquant.reconstruction.speed import matrix_products
@@ -40,10 +43,16 @@ class BlockCalls:
         parameters: Mapping[str, Tensor] | None,
     ) -> Tensor:
         """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
-        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
-        hidden = torch.cat([stream[sample] for sample in chosen]).to(self.device)
+        hidden, arguments = self._given(stream, chosen)
         output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
+
+    def _given(
+        self, stream: Sequence[Tensor] | Mapping[int, Tensor], chosen: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the block receives for samples `chosen`: hidden states and arguments."""
+        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
+        return torch.cat([stream[sample] for sample in chosen]).to(self.device), arguments
 
     def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
         return self._call(stream, [sample], parameters)
@@ -112,15 +121,62 @@ class BlockCalls:
                 total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
         return total / len(stream)
 
+    @torch.no_grad()
+    def second_moments(self, stream: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """XᵀX (in, in) of every linear's inputs, as the linear sees them, in the block with `parameters`.
+
+        Linears that share an input share the tensor.
+        """
+        moments: dict[str, Tensor] = {}
+        latest: list[Any] = [None, None]  # an input, and the linear whose moments it went into
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                if latest[0] is x:
+                    moments[name] = moments[latest[1]]
+                    return
+                rows = x.reshape(-1, x.shape[-1]).float()
+                if name in moments:
+                    moments[name].addmm_(rows.T, rows)
+                else:
+                    moments[name] = rows.T @ rows
+                latest[:] = x, name
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            for chosen in self._batches():
+                self._call(stream, chosen, parameters)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return moments
+
     def forward_function(
-        self, fixed: BlockParameters, stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]], recipe: Recipe
+        self,
+        fixed: BlockParameters,
+        stream: Sequence[Tensor],
+        targets: Sequence[Sequence[Tensor]],
+        recipe: Recipe,
+        graph: Graph | None = None,
     ) -> Forward:
         """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
         dtype = next(self.block.parameters()).dtype
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
         def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            with matrix_products(recipe, self.device):
+            if graph is not None and graph.works and torch.is_grad_enabled() and len(chosen) == self.batch:
+                answer = graph(self.block, fixed, learnables, *self._given(stream, chosen))
+                if answer is not None:
+                    return answer, self._wanted(targets, chosen)
+            plainly = kernels.using("eager") if graph is not None and graph.works else nullcontext()  # a few calls
+            with plainly, matrix_products(recipe, self.device):
                 output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
             return output, self._wanted(targets, chosen)
 

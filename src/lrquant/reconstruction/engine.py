@@ -34,8 +34,9 @@ from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.calls import BlockCalls
+from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.journal import FinishedBlock, Journal
-from lrquant.reconstruction.learning import Learnables, learn, or_present
+from lrquant.reconstruction.learning import Learnables, or_present
 from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
     BlockParameters,
@@ -55,6 +56,7 @@ from lrquant.reconstruction.preparation import (
 )
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.reconstruction.residence import Residence
+from lrquant.reconstruction.solving import solve
 from lrquant.reconstruction.speed import settle
 from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.reconstruction.view import BlockView, Decided
@@ -137,6 +139,7 @@ def reconstruct(
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
     blocks = [model.get_submodule(path) for path in paths]
     recipe = result.recipe = settle(recipe, device, blocks, len(samples), inputs_of[0].hidden[0].shape[-2])
+    graphs = Graphs(recipe, device)
     watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
         if not residence.keeps and all(journal.finished(later) for later in range(place, len(paths))):
@@ -200,15 +203,7 @@ def reconstruct(
             input_args = linear_input_args(block, scheme.inputs, recipe, flat)
             with quantized_activations(block, input_args, attention_args), kernels.using(recipe.kernels):
                 targets = [target_stream] if own_targets is None else [target_stream, own_targets]
-                learned = learn(
-                    run.forward_function(fixed, quantized_stream, targets, recipe),
-                    start,
-                    len(samples),
-                    batch,
-                    recipe,
-                    recipe.seed + place,
-                    lambda epoch, loss, place=place: watcher.epoch_done(place, epoch, loss),  # type: ignore[misc]
-                )
+                learned = solve(run, fixed, start, quantized_stream, targets, recipe, graphs, place, watcher.epoch_done)
                 if present is not None:
                     now = run.fixed_function(present.blocks[place], quantized_stream, targets)
                     learned = or_present(learned, now, len(samples), batch, recipe)

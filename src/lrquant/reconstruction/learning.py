@@ -170,8 +170,6 @@ def _keep_within_bounds(learnables: Learnables) -> None:
     for name, tensor in learnables.items():
         if name.endswith(".scale"):
             tensor.clamp_(min=LEAST_SCALE)
-        elif name.endswith(".offset"):
-            tensor.clamp_(-0.5, 0.5)
 
 
 def _optimizer(

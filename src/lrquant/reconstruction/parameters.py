@@ -5,17 +5,19 @@ Learnables, by name:
     <transformation>.scale, .shift     see lrquant.transforms
     <linear>.clip_low, .clip_high      (out, groups, 1), logits of the factors on a group's minimum and maximum (LWC)
     <linear>.rotation                  (out, 1) factor on the dequantized weight's rows (LRQuant+)
-    <linear>.offset                    (out, in) in [−½, ½], added before rounding (learned rounding)
+    <linear>.offset                    (out, in), added before rounding (learned or compensating)
     <linear>.rotation_left, _right     (out, k), (k, in): the same with rank k; cannot fold into scales
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lrquant.formats import Factors, Grid, Scheme, fake_quantize_weight, quantize_weight
+from lrquant.formats.compensation import compensating_offsets
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.storage import product_dtype
 from lrquant.transforms import Equivalence, Reparameterized, materialize, reparameterize
@@ -97,6 +99,26 @@ def initial_offsets(fixed: BlockParameters) -> dict[str, Tensor]:
     return {f"{linear}.offset": torch.zeros_like(fixed.tensors[f"{linear}.weight"]) for linear in fixed.linears}
 
 
+@torch.no_grad()
+def compensated_offsets(
+    fixed: BlockParameters, learnables: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """GPTQ's offsets for the block as `learnables` leave it; `moments` are XᵀX by linear."""
+    assert fixed.grid is not None
+    changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
+    without = {name: tensor for name, tensor in learnables.items() if not name.endswith(".offset")}
+    return {
+        f"{linear}.offset": compensating_offsets(
+            fixed.tensors[f"{linear}.weight"],
+            moments[linear],
+            fixed.grid,
+            _factors(changed, without, linear),
+            fixed.storage_dtype,
+        )
+        for linear in fixed.linears
+    }
+
+
 def _factors(changed: Reparameterized, learnables: Mapping[str, Tensor], linear: str) -> Factors:
     """Everything that the learnables multiply a linear's weight by."""
 
@@ -120,6 +142,42 @@ def _rotation(learnables: Mapping[str, Tensor], linear: str) -> Tensor:
     return learnables[f"{linear}.rotation_left"] @ learnables[f"{linear}.rotation_right"]
 
 
+class Prepared(NamedTuple):
+    """What learnables come to before any weight is touched: small tensors, but for rounding's offsets."""
+
+    vectors: dict[str, Tensor]  # parameter name → norm weight, norm bias or linear bias, as the checkpoint rounds it
+    factors: dict[str, Factors]  # by linear
+    rotations: dict[str, Tensor]  # by linear, (out, in): of rank k > 1
+
+
+def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype) -> Prepared:
+    changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
+    return Prepared(
+        {name: value.to(fixed.storage_dtype).to(dtype) for name, value in changed.vectors.items()},
+        {linear: _factors(changed, learnables, linear) for linear in fixed.linears},
+        {linear: _rotation(learnables, linear) for linear in fixed.linears if f"{linear}.rotation_left" in learnables},
+    )
+
+
+def rounded_weights(
+    fixed: BlockParameters, weights: Mapping[str, Tensor], by: Prepared, dtype: torch.dtype, product: torch.dtype
+) -> dict[str, Tensor]:
+    """Fake-quantized `weights`, each (out, in) by its parameter's name, in the precision of the products."""
+    result = {}
+    for linear in fixed.linears:
+        weight, factors = weights[f"{linear}.weight"], by.factors[linear]
+        assert fixed.grid is not None
+        if linear in by.rotations:
+            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype)
+            weight = (weight * by.rotations[linear]).to(fixed.product_dtype).to(dtype)
+        else:
+            weight = fake_quantize_weight(
+                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product
+            )
+        result[f"{linear}.weight"] = weight
+    return result
+
+
 def quantized_parameters(
     fixed: BlockParameters,
     learnables: Mapping[str, Tensor],
@@ -130,21 +188,11 @@ def quantized_parameters(
 
     `product`: another precision for the quantized weights, that of the matrix products.
     """
-    changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
     if fixed.grid is None:
+        changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
         return {name: value.to(dtype) for name, value in materialize(fixed.tensors, changed).items()}
-    result = {name: vector.to(fixed.storage_dtype).to(dtype) for name, vector in changed.vectors.items()}
-    for linear in fixed.linears:
-        name = f"{linear}.weight"
-        weight, factors = fixed.tensors[name], _factors(changed, learnables, linear)
-        if f"{linear}.rotation_left" in learnables:
-            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype)
-            result[name] = (weight * _rotation(learnables, linear)).to(fixed.product_dtype).to(dtype)
-        else:
-            result[name] = fake_quantize_weight(
-                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product or dtype
-            )
-    return result
+    by = prepared(fixed, learnables, dtype)
+    return by.vectors | rounded_weights(fixed, fixed.tensors, by, dtype, product or dtype)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""A block's answer as one compiled graph: fake quantization fused with the model's own code, forward and backward.
+
+On a processor a step of a small block is spent between operations as much as in them. Compiled as a whole, rounding
+runs in the loops that produce what is rounded, and nothing of Python is left within a step. Blocks that differ in their
+tensors alone share a graph: it is compiled from a skeleton without weights, which every block lends its own.
+
+What decides integers (scales, clips, ranges) is computed outside, by the operations that freezing uses, and the
+arithmetic inside is that of `lrquant.formats.rows`: a graph rounds weights to the same integers as everything else.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.parameters import BlockParameters, Prepared, prepared, rounded_weights
+from lrquant.reconstruction.speed import matrix_products
+
+_SIMPLE = (bool, int, float, str, torch.dtype, type(None))
+_PLACE = {"layer_idx"}  # tells blocks apart that run the same code
+
+_log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+
+
+class Graph:
+    """A compiled answer for every block of one kind."""
+
+    def __init__(self, skeleton: nn.Module, fixed: BlockParameters, recipe: Recipe, device: torch.device) -> None:
+        self.works = True  # until the model's code turns out not to compile
+        dtype = next(skeleton.parameters()).dtype
+        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
+
+        def answer(
+            weights: Tensors, others: Tensors, by: Prepared, hidden: Tensor, arguments: Mapping[str, Any]
+        ) -> Tensor:
+            parameters = {**others, **by.vectors, **rounded_weights(fixed, weights, by, dtype, product)}
+            with matrix_products(recipe, device):
+                output = functional_call(skeleton, parameters, (hidden,), dict(arguments))
+            return output[0] if isinstance(output, tuple) else output
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Without emulated casts, a scale that the checkpoint rounds would keep its extra digits inside the loop.
+        self._answer = torch.compile(answer, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+
+    def __call__(
+        self,
+        block: nn.Module,
+        fixed: BlockParameters,
+        learnables: Tensors,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+    ) -> Tensor | None:
+        """The output of `block` on `hidden`; None, now and ever after, where its code does not compile."""
+        by = prepared(fixed, learnables, next(block.parameters()).dtype)
+        weights = {name: fixed.tensors[name] for name in (f"{linear}.weight" for linear in fixed.linears)}
+        others = {
+            name: tensor.detach()
+            for name, tensor in (*block.named_parameters(), *block.named_buffers())
+            if name not in weights and name not in by.vectors
+        }
+        try:
+            return self._answer(weights, others, by, hidden, arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.works = False
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
+            return None
+
+
+@dataclass
+class Graphs:
+    """The graphs of one run."""
+
+    recipe: Recipe
+    device: torch.device
+    known: dict[Any, Graph] = field(default_factory=dict)
+
+    def of(self, block: nn.Module, fixed: BlockParameters) -> Graph | None:
+        """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use.
+
+        A graph is for a processor, on which time goes between small operations; CUDA has kernels of its own.
+        """
+        if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None:
+            return None
+        kind = _kind(block, fixed)
+        if kind not in self.known:
+            self.known[kind] = Graph(_skeleton(block), replace(fixed, tensors={}), self.recipe, self.device)
+        return self.known[kind]
+
+
+def _skeleton(block: nn.Module) -> nn.Module:
+    """A copy of `block` with its hooks, and without the memory of its parameters and buffers."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(tensor): _empty(tensor) for tensor in tensors})
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _kind(block: nn.Module, fixed: BlockParameters) -> Any:
+    """Equal for blocks that run the same code on tensors of the same shapes."""
+    modules = [
+        (
+            name,
+            type(module),
+            tuple(
+                (key, value) for key, value in vars(module).items() if isinstance(value, _SIMPLE) and key not in _PLACE
+            ),
+        )
+        for name, module in block.named_modules()
+    ]
+    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in block.state_dict(keep_vars=True).items()]
+    return (*modules, *shapes, fixed.linears, fixed.grid, fixed.storage_dtype, fixed.product_dtype)
