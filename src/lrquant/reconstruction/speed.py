@@ -12,9 +12,9 @@ from torch import nn
 
 from lrquant.recipe import Recipe
 
-# Values fake-quantized in a run from which compiling (half a minute, once) is sooner done than doing without.
+# Values gone through in a run from which compiling (half a minute, once) is sooner done than doing without.
 WORTH_COMPILING = 1.5e9
-ACTIVATIONS_PER_TOKEN = 8  # quantized activations of a block per token, in multiples of the hidden size, about
+ACTIVATIONS_PER_TOKEN = 8  # activations of a block per token, in multiples of the hidden size, about
 
 
 def settle(recipe: Recipe, device: torch.device, blocks: Sequence[nn.Module], samples: int, tokens: int) -> Recipe:
@@ -29,17 +29,15 @@ def settle(recipe: Recipe, device: torch.device, blocks: Sequence[nn.Module], sa
         kernels = "eager"
         if recipe.learns and device.type == "cuda" and has_triton():
             kernels = "triton"
-        elif recipe.learns and values_to_quantize(recipe, blocks, samples, tokens) > WORTH_COMPILING:
+        elif recipe.learns and values_of_all_steps(recipe, blocks, samples, tokens) > WORTH_COMPILING:
             kernels = "compiled"
     return recipe.changed(products=products, kernels=kernels)
 
 
-def values_to_quantize(recipe: Recipe, blocks: Sequence[nn.Module], samples: int, tokens: int) -> float:
-    """Weights and activations rounded in a run, about."""
+def values_of_all_steps(recipe: Recipe, blocks: Sequence[nn.Module], samples: int, tokens: int) -> float:
+    """Weights and activations that a run's steps go through, about."""
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
     steps = recipe.epochs * -(-samples // recipe.batch_size)
-    if recipe.scheme.inputs is None:
-        return float(steps * weights)
     width = sum(max(vector.numel() for vector in block.parameters() if vector.ndim == 1) for block in blocks)
     return float(steps * (weights + ACTIVATIONS_PER_TOKEN * width * tokens * recipe.batch_size))
 
