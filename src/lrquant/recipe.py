@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
     rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
     rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
-    rounding: Literal["nearest", "learned", "gptq", "gptq+learned"] = Field(
+    rounding: Literal["nearest", "learned", "gptq"] = Field(
         "nearest",
         description="Weights to the nearest integer, by an offset learned for each weight, by compensation (GPTQ)",
     )
@@ -139,9 +139,7 @@ class Recipe(BaseModel):
 
     @property
     def learns(self) -> bool:
-        return self.epochs > 0 and (
-            self.let or self.lwc or self.rotation or self.rounding in ("learned", "gptq+learned")
-        )
+        return self.epochs > 0 and (self.let or self.lwc or self.rotation or self.rounding == "learned")
 
     @classmethod
     def preset(cls, method: str = "lrquant", paper_exact: bool = False, **changes: Any) -> "Recipe":

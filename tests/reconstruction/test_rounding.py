@@ -17,18 +17,7 @@ from lrquant.reconstruction.parameters import (
     initial_rotation,
     quantized_parameters,
 )
-from lrquant.watching import Watcher
 from tests.tiny import SETTINGS, write_tiny
-
-
-class Heard(Watcher):
-    """Remembers every epoch it is told of."""
-
-    def __init__(self) -> None:
-        self.epochs: list[tuple[int, int]] = []
-
-    def epoch_done(self, block: int, epoch: int, loss: float) -> None:
-        self.epochs.append((block, epoch))
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +60,11 @@ def test_learned_rounding_lowers_the_loss_further(tiny: Path) -> None:
     assert learned.records[0].final_loss < 0.95 * nearest.records[0].final_loss
 
 
-def test_compensation_lowers_the_loss_and_learning_goes_on_from_it(tiny: Path) -> None:
-    """Both tell of every epoch once."""
+def test_compensation_lowers_the_loss_further(tiny: Path) -> None:
     settings = {**SETTINGS, "wbits": 2, "abits": 16, "group_size": 32, "epochs": 8, "seed": 1}
-    losses = {}
-    for rounding in ("nearest", "gptq", "gptq+learned"):
-        heard = Heard()
-        done = lrquant.quantize(str(tiny), Recipe.preset("lrquant", rounding=rounding, **settings), watcher=heard)
-        losses[rounding] = done.records[0].final_loss
-        assert [epoch for place, epoch in heard.epochs if place == 0] == list(range(8))
-        assert len(done.records[0].epoch_losses) == 8
-    assert losses["gptq"] < 0.97 * losses["nearest"]
-    assert losses["gptq+learned"] < 1.01 * losses["nearest"]  # on two samples what it learned first is little
+    nearest = lrquant.quantize(str(tiny), Recipe.preset("lrquant", **settings))
+    compensated = lrquant.quantize(str(tiny), Recipe.preset("lrquant", rounding="gptq", **settings))
+    assert compensated.records[0].final_loss < 0.97 * nearest.records[0].final_loss
 
 
 def test_the_rate_lets_an_offset_cross_its_range() -> None:

@@ -146,8 +146,8 @@ def quantize(
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
     rounding: Annotated[
-        Literal["nearest", "learned", "gptq", "gptq+learned"] | None,
-        typer.Option(help="To the nearest integer, by learned offsets, by compensation (GPTQ), or both."),
+        Literal["nearest", "learned", "gptq"] | None,
+        typer.Option(help="To the nearest integer, by learned offsets, or by compensation (GPTQ)."),
     ] = None,
     rounding_lr: Annotated[
         float | None, typer.Option(help="Learning rate of rounding.", show_default="by the steps")
