@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lrquant.architectures import family_of
 from lrquant.calibration.text import evaluation_ids
 from lrquant.checkpoints import check_save_dir, load, saved_recipe
-from lrquant.checkpoints.packing import needs_whole_weights, pack_block
+from lrquant.checkpoints.packing import INPUT_SCALE, needs_whole_weights, pack_block
 from lrquant.checkpoints.saving import whole_directory
 from lrquant.errors import LrquantError, UsageError
 from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
@@ -103,7 +103,9 @@ def adapt(
     family = family_of(original)
     stages = family.stages(original, recipe.towers)
     paths = [f"{stage.path}.{index}" for stage in stages for index in range(len(stage.blocks(original)))]
-    present = block_parameters(load(str(source), dtype, trust_remote_code), original, paths)
+    loaded = load(str(source), dtype, trust_remote_code)
+    present = block_parameters(loaded, original, paths)
+    input_scales = [input_scales_of(loaded.get_submodule(path)) for path in paths]
     chosen = parse_blocks(blocks, len(present))
     if isinstance(data, str):
         seqlen = window(original.config, seqlen or recipe.seqlen)
@@ -132,7 +134,7 @@ def adapt(
         on,
         storage_dtype,
         watcher or Watcher(),
-        present=Present(present, frozenset(chosen)),
+        present=Present(present, frozenset(chosen), input_scales),
     )
     better = [record.index for record in result.records if record.outcome != "kept present"]
     tensors = {
@@ -192,6 +194,15 @@ def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]
             "the reference is not the model that this checkpoint was made from: their blocks differ"
         ) from None
     return result
+
+
+def input_scales_of(block: nn.Module) -> dict[str, Tensor]:
+    """NVFP4's scale of the input of every linear of a loaded block that has one."""
+    return {
+        name.removesuffix(INPUT_SCALE): value
+        for name, value in block.state_dict().items()
+        if name.endswith(INPUT_SCALE)
+    }
 
 
 def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -19,13 +19,14 @@ from lrquant.calibration.text import evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, load
 from lrquant.checkpoints.identity import folder_digest, identity_of, module_digest
 from lrquant.checkpoints.journal import DiskJournal
-from lrquant.checkpoints.packing import outside_tensors
+from lrquant.checkpoints.packing import check_layout, outside_tensors
 from lrquant.checkpoints.rundir import RunDirectory, run_directory
 from lrquant.checkpoints.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
 from lrquant.checkpoints.shards import tensor_bytes
 from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
+from lrquant.formats.storage import checkpoint_dtype
 from lrquant.memory import PeakMemory
 from lrquant.modality import modality_of
 from lrquant.models import (
@@ -130,13 +131,15 @@ def quantize(
                 streamed = open_streamed(base, dtype, recipe.towers, trust_remote_code)
             model = streamed[0] if streamed is not None else load_model(base, dtype, trust_remote_code)
             tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
-            storage_dtype = stored_dtype(base, trust_remote_code)
+            storage_dtype = checkpoint_dtype(recipe.scheme, stored_dtype(base, trust_remote_code))
         else:
             model, base = model_or_path.eval(), getattr(model_or_path, "name_or_path", "") or "a model in memory"
-            storage_dtype, keep_model, streamed = model.dtype, True, None
+            storage_dtype = checkpoint_dtype(recipe.scheme, model.dtype)
+            keep_model, streamed = True, None
         if getattr(model.config, "quantization_config", None):
             raise UsageError(f"{base}: already quantized; quantize the original model")
         family = family_of(model)
+        check_layout(model, [f"{stage.path}.0" for stage in family.stages(model, recipe.towers)], recipe.stored_scheme)
         if calibration is None or isinstance(calibration, str):
             if tokenizer is None:
                 raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")

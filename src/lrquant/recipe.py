@@ -5,6 +5,7 @@ methods as rows of one table: each is the same engine with parts switched on or 
 """
 
 import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lrquant.errors import UsageError
+from lrquant.formats.grids import Numbers
+from lrquant.formats.named import FORMATS
 from lrquant.formats.schemes import BITS, HIGH_PRECISION_BITS, Scheme
 
 _MAX_YAML_BYTES = 1 << 20
@@ -37,6 +40,7 @@ class Recipe(BaseModel):
     )
 
     # The number format.
+    numbers: Numbers = Field("int", description="Integers, or four-bit floats in NVFP4's or MXFP4's groups")
     wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
     abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
     group_size: int | None = Field(None, ge=1, description="Input channels that share a scale; none: a whole row")
@@ -107,12 +111,27 @@ class Recipe(BaseModel):
     def _something_to_do(self) -> "Recipe":
         if self.wbits == self.abits == HIGH_PRECISION_BITS:
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
+        if self.numbers != "int":
+            self._check_floats()
         if self.method not in PRESETS:
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self
 
+    def _check_floats(self) -> None:
+        name = self.numbers.upper()
+        if self.wbits != 4 or self.abits not in (4, HIGH_PRECISION_BITS):
+            raise ValueError(f"{name} has 4 bits a weight, and 4 or 16 an activation: not W{self.wbits}A{self.abits}")
+        if self.group_size is not None:
+            raise ValueError(f"{name} has groups of its own size; leave the group size out")
+        if self.quantize_attention:
+            raise ValueError(f"{name} leaves queries, keys and values alone: set quantize_attention to false")
+        if self.rotation and self.rotation_rank == 1 and self.numbers == "mxfp4":
+            raise ValueError("MXFP4's scales are powers of two, which hold no rotation; switch rotation off")
+
     @property
     def scheme(self) -> Scheme:
+        if self.numbers != "int":
+            return Scheme.floating(self.numbers, self.abits)
         return Scheme.integer(
             self.wbits,
             self.abits,
@@ -134,7 +153,9 @@ class Recipe(BaseModel):
 
     @property
     def format_name(self) -> str:
-        """The field's short name of the format: `W4A4`, `W2A16 g64`."""
+        """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`."""
+        if self.numbers != "int":
+            return self.numbers.upper() + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
         return f"W{self.wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
 
     @property
@@ -142,20 +163,23 @@ class Recipe(BaseModel):
         return self.epochs > 0 and (self.let or self.lwc or self.rotation or self.rounding == "learned")
 
     @classmethod
-    def preset(cls, method: str = "lrquant", paper_exact: bool = False, **changes: Any) -> "Recipe":
+    def preset(
+        cls, method: str = "lrquant", paper_exact: bool = False, format: str | None = None, **changes: Any
+    ) -> "Recipe":
         """The recipe of a published method, with `changes` to any field (None: leave the preset's).
 
-        `paper_exact` takes the paper's own setting where the evidence here favours another.
+        `paper_exact` takes the paper's own setting where the evidence here favours another. `format` is the name of a
+        number format (`lrquant.formats.named`), in place of its fields.
         """
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
-        chosen = {name: value for name, value in changes.items() if value is not None}
+        chosen = with_format(format, changes)
         values = {"method": method, **PRESETS[method]}
         if chosen.get("abits", cls.model_fields["abits"].default) == HIGH_PRECISION_BITS:
             values |= WEIGHT_ONLY.get(method, {})
         if paper_exact:
             values |= _paper_exact(method, chosen)
-        return cls.parse(values | chosen)
+        return cls.parse(values | FLOATS.get(chosen.get("numbers", "int"), {}) | chosen)
 
     @classmethod
     def parse(cls, values: Any) -> "Recipe":
@@ -203,7 +227,25 @@ class Recipe(BaseModel):
         defaults = dict(PRESETS[method])
         if values.get("abits") == HIGH_PRECISION_BITS:
             defaults |= WEIGHT_ONLY.get(method, {})
-        return cls.parse(defaults | values)
+        numbers = values.get("numbers")
+        return cls.parse(defaults | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {}) | values)
+
+
+def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` that are not None, and the fields of the format called `name`.
+
+    Raises:
+        UsageError: no such format, or a change says otherwise.
+    """
+    chosen = {key: value for key, value in changes.items() if value is not None}
+    if name is None:
+        return chosen
+    if name not in FORMATS:
+        raise UsageError(f"unknown format {name!r}: there are {', '.join(FORMATS)}")
+    for key, value in FORMATS[name].items():
+        if chosen.get(key, value) != value:
+            raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave one of the two out")
+    return FLOATS.get(FORMATS[name].get("numbers", "int"), {}) | FORMATS[name] | chosen
 
 
 def _shown(value: Any) -> str:
@@ -255,6 +297,12 @@ def _paper_exact(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"paper_exact is for {', '.join(PAPER_EXACT)}: {method} learns nothing")
     return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
 
+
+# What every preset changes for four-bit floats: no attention has them, and powers of two hold no rotation.
+FLOATS: dict[str, dict[str, Any]] = {
+    "nvfp4": {"quantize_attention": False},
+    "mxfp4": {"quantize_attention": False, "rotation": False},
+}
 
 # What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {"omniquant": {"let": False}}

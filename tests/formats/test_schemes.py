@@ -60,9 +60,24 @@ def test_flat_inputs_get_one_group_as_wide_as_the_row() -> None:
         (Scheme.integer(3, 16, group_size=64), CompressionFormat.pack_quantized, False, torch.bfloat16),
         (Scheme.integer(8, 8), CompressionFormat.int_quantized, False, torch.float32),
         (Scheme.integer(8, 16), CompressionFormat.pack_quantized, False, torch.bfloat16),
+        (Scheme.integer(4, 8), CompressionFormat.pack_quantized, True, torch.float32),
+        (Scheme.integer(4, 8, symmetric=True), CompressionFormat.int_quantized, False, torch.float32),
+        (Scheme.floating("nvfp4", 4), CompressionFormat.nvfp4_pack_quantized, False, torch.bfloat16),
+        (Scheme.floating("mxfp4", 16), CompressionFormat.mxfp4_pack_quantized, False, torch.bfloat16),
         (Scheme.integer(16, 8), CompressionFormat.dense, False, torch.float32),
     ],
-    ids=["W4A4", "W4A4 symmetric", "W3A16 g64", "W8A8", "W8A16", "W16A8"],
+    ids=[
+        "W4A4",
+        "W4A4 symmetric",
+        "W3A16 g64",
+        "W8A8",
+        "W8A16",
+        "W4A8",
+        "W4A8 symmetric",
+        "NVFP4",
+        "MXFP4A16",
+        "W16A8",
+    ],
 )
 def test_layout_on_disk(scheme: Scheme, stored: CompressionFormat, padded: bool, product: torch.dtype) -> None:
     assert storage_format(scheme) is stored

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from lrquant.checkpoints.durable import checksum, write_tensors
 from lrquant.checkpoints.identity import digest_of
 from lrquant.checkpoints.manifest import BlockEntry, read_entry, write_entry
-from lrquant.checkpoints.packing import buffers_of, needs_whole_weights, pack_block, quantized_size, unpack_block
+from lrquant.checkpoints.packing import (
+    INPUT_SCALE,
+    buffers_of,
+    needs_whole_weights,
+    pack_block,
+    quantized_size,
+    unpack_block,
+)
 from lrquant.errors import LrquantError
 from lrquant.formats import Scheme
 from lrquant.reconstruction.journal import FinishedBlock, Journal
@@ -90,7 +97,13 @@ class DiskJournal(Journal):
             for linear, tensor in self._read(place, f"{kind}:"):
                 setattr(statistics.setdefault(linear, ChannelStatistics()), kind, tensor)
         learned = dict(self._read(place, "learned:"))
-        return FinishedBlock(learned, statistics, entry.record, tuple(entry.flat_inputs), tuple(entry.added_biases))
+        scales = {
+            name.removesuffix(INPUT_SCALE): tensor
+            for name, tensor in self._read(place, "packed:")
+            if name.endswith(INPUT_SCALE)
+        }
+        flat, biases = tuple(entry.flat_inputs), tuple(entry.added_biases)
+        return FinishedBlock(learned, statistics, entry.record, flat, biases, scales)
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
         packed = pack_block(frozen, self._scheme, self._storage_dtype, needs_whole_weights(block, ""))

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+from torch import nn
 
 from lrquant.architectures import family_of
 from lrquant.checkpoints.saving import RECIPE_FILE
@@ -30,6 +32,14 @@ def apply_attention_quantization(model: Any, recipe: Recipe) -> bool:
     return True
 
 
+def _in_one_dtype(model: Any) -> None:
+    """Weights of four-bit floats come out as bfloat16, whatever the model computes in; a linear wants one dtype."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != model.dtype:
+            weight = module.weight.detach().to(model.dtype)
+            replace_direct_state_dict(module, get_direct_state_dict(module) | {"weight": weight})
+
+
 def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:
     """A model from disk, the zoo or the hub; a checkpoint of lrquant's comes with its attention quantized too.
 
@@ -43,6 +53,7 @@ def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code:
     if compressor is not None and hasattr(model, "ct_decompress_hook"):
         with redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
             compressor.decompress_model(model)
+        _in_one_dtype(model)
     recipe = saved_recipe(path)
     if recipe is not None:
         apply_attention_quantization(model, recipe)

@@ -12,18 +12,33 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor, nn
 
 from lrquant._registration import OWN_METHOD
+from lrquant.errors import UsageError
 from lrquant.formats import Scheme
 from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.floats import e4m3
 from lrquant.formats.storage import dequantized_on_load, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.parameters import FrozenBlock
 
+INPUT_SCALE = ".input_global_scale"
 _FILL_WEIGHTS = (".clip.", ".siglip.")  # parts of transformers whose blocks must have whole weights when they load
 
 
 def needs_whole_weights(model: nn.Module, path: str) -> bool:
     """Whether the block at `path` is one that transformers cannot load with packed weights (see formats.storage)."""
     return any(part in type(model.get_submodule(path)).__module__ for part in _FILL_WEIGHTS)
+
+
+def check_layout(model: nn.Module, paths: Sequence[str], scheme: Scheme) -> None:
+    """Raise when no checkpoint can hold the blocks at `paths` in `scheme`."""
+    floats = scheme.weights is not None and scheme.weights.type == "float" and not dequantized_on_load(scheme)
+    path = next((path for path in paths if floats and needs_whole_weights(model, path)), None)
+    if path is not None:
+        name = type(model.get_submodule(path)).__name__
+        raise UsageError(
+            f"{name}: transformers cannot load its weights as packed four-bit floats with quantized inputs; "
+            "take the format for weights alone (nvfp4a16, mxfp4a16) or integers"
+        )
 
 
 def pack_block(
@@ -39,13 +54,16 @@ def pack_block(
         local = {"weight": weight.dequantized(), "weight_scale": weight.scale}
         if weight.zero is not None:
             local["weight_zero_point"] = weight.zero
+        if weight.whole is not None:
+            local |= {"weight_scale": e4m3(weight.scale * weight.whole), "weight_global_scale": weight.whole}
         packed = packer.compress(local, quantization)
-        packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
+        if scheme.weights.type == "int":
+            packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
         if pads_zero_points(scheme, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
-    return tensors
+    return tensors | {f"{linear}{INPUT_SCALE}": scale for linear, scale in frozen.input_scales.items()}
 
 
 def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, Any]:
@@ -112,6 +130,7 @@ def unpack_block(
     tensors: Mapping[str, Tensor], scheme: Scheme, storage_dtype: torch.dtype, dtype: torch.dtype, whole: bool = False
 ) -> dict[str, Tensor]:
     """The dequantized parameters of a packed block in `dtype`: `FrozenBlock.parameters` of what was packed."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(INPUT_SCALE)}
     if scheme.weights is None:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
     packer = BaseCompressor.get_value_from_registry(storage_format(scheme, whole).value)
@@ -124,17 +143,22 @@ def unpack_block(
         local = {
             f"weight{name.removeprefix(prefix)}": part for name, part in tensors.items() if name.startswith(prefix)
         }
-        local["weight_scale"] = local["weight_scale"].to(products)
+        if scheme.weights.type == "int":
+            local["weight_scale"] = local["weight_scale"].to(products)
         result[prefix] = packer.decompress(local, quantization)["weight"].to(dtype)
     inside = tuple(f"{linear}.weight" for linear in linears)
     return result | {name: tensor.to(dtype) for name, tensor in tensors.items() if not name.startswith(inside)}
+
+
+# What a checkpoint holds of a quantized weight, whichever its format.
+WEIGHT_PARTS = ("", "_packed", "_scale", "_zero_point", "_global_scale")
 
 
 def quantized_size(weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(how many quantized weights, the bits that they take in `tensors`, scales and zero points included)."""
     bits = 0
     for linear in weights:
-        parts = (tensors.get(f"{linear}.weight{part}") for part in ("", "_packed", "_scale", "_zero_point"))
+        parts = (tensors.get(f"{linear}.weight{part}") for part in WEIGHT_PARTS)
         bits += 8 * sum(part.nbytes for part in parts if part is not None)
     return sum(weight.integers.numel() for weight in weights.values()), bits
 

@@ -19,6 +19,10 @@ def method_names(incomplete: str) -> list[str]:
     return _starting(incomplete, ["rtn", "smoothquant", "omniquant", "lrquant", "lrquant+", "lrquant-max"])
 
 
+def format_names(incomplete: str) -> list[str]:
+    return _starting(incomplete, ["nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "w4a16-g128", "w8a8", "w4a8"])
+
+
 def calibration_names(incomplete: str) -> list[str]:
     names = ["wikitext2", "ptb", "c4", "zoo:pydoc", "zoo:pycode", "zoo:shapes", "zoo:shapes-vqa"]
     return _starting(incomplete, names)

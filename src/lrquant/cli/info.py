@@ -93,14 +93,17 @@ def describe(directory: Path) -> Facts:
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_scale", ".weight_packed"))}
     parameters, bits = 0, 0
     for linear in packed:
-        parameters += tensors[
-            f"{linear}.weight" if f"{linear}.weight" in tensors else f"{linear}.weight_shape"
-        ].elements
-        parts = [f"{linear}.weight{part}" for part in ("", "_packed", "_scale", "_zero_point")]
+        kinds = (f"{linear}.weight", f"{linear}.weight_shape")
+        known = next((tensors[name].elements for name in kinds if name in tensors), None)
+        # Four-bit floats lie two to a byte, with no shape beside them.
+        parameters += 2 * tensors[f"{linear}.weight_packed"].bytes if known is None else known
+        parts = [f"{linear}.weight{part}" for part in ("", "_packed", "_scale", "_zero_point", "_global_scale")]
         bits += sum(8 * tensors[part].bytes for part in parts if part in tensors)
     wbits, abits = (weights or {}).get("num_bits", 16), (inputs or {}).get("num_bits", 16)
     group_size = (weights or {}).get("group_size")
     short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}" + (f" g{group_size}" if group_size else "")
+    if (weights or {}).get("type") == "float" and wbits == 4:
+        short = ("NVFP4" if group_size == 16 else "MXFP4") + ("A16" if inputs is None else "")
     attention = bool(recipe.get("quantize_attention")) and abits != 16
     return Facts(
         path=str(directory),
@@ -135,12 +138,17 @@ def runs_in(
     if weights is None:
         return {"transformers": "yes", "vLLM": "yes, in floating point (the weights are stored dense)"}
     wbits, abits = weights.get("num_bits"), (inputs or {}).get("num_bits", 16)
+    if weights.get("type") == "float":
+        loads = "weights unpacked while loading" if inputs is None else "weights unpacked, activations rounded"
+        return {"transformers": f"yes, {loads}", "vLLM": "yes, with its kernels for four-bit floats"}
     simulated = "yes; weights are unpacked, activations rounded as calibrated: right answers, not faster"
     if inputs is None:
         vllm = "yes" if wbits in (4, 8) else f"no: its weight-only kernels take 4 and 8 bits, not {wbits}"
         return {"transformers": "yes, weights unpacked while loading or running", "vLLM": vllm}
     if wbits == abits == 8 and weights.get("symmetric"):
         return {"transformers": simulated, "vLLM": "yes, with its int8 kernels"}
+    if (wbits, abits) == (4, 8) and weights.get("symmetric"):
+        return {"transformers": simulated, "vLLM": "yes, with its W4A8 kernels for Arm CPUs"}
     why = "8-bit activations need symmetric 8-bit weights there" if abits == 8 else f"no kernels for W{wbits}A{abits}"
     return {"transformers": simulated, "vLLM": f"no: {why}"}
 
@@ -152,6 +160,7 @@ def _described(args: dict[str, Any] | None) -> str:
     where = {
         "channel": "per output channel",
         "group": f"per group of {args.get('group_size')}",
+        "tensor_group": f"per group of {args.get('group_size')}, and one scale per tensor",
         "token": "per token, range found at run time",
         "tensor": "per tensor",
     }.get(str(args.get("strategy")), str(args.get("strategy")))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lrquant.cli import console
-from lrquant.cli.completion import calibration_names, method_names, model_names
+from lrquant.cli.completion import calibration_names, format_names, method_names, model_names
 from lrquant.cli.hub import check_can_push, push
 from lrquant.cli.reporting import command_line, metrics_of
 from lrquant.cli.tracking import Tracker, tracking
@@ -103,6 +103,15 @@ def quantize(
         int | None, typer.Option(help="Input channels that share a scale.", show_default="a whole row")
     ] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weight grids.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=format_names,
+            help="A format by name: nvfp4, nvfp4a16, mxfp4, mxfp4a16, w4a16-g128, w8a8 or w4a8.",
+            show_default="by the bits",
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -257,7 +266,7 @@ def quantize(
     console.check_json_path(json)
     if lr_plus and method not in (None, "lrquant", "lrquant+"):
         raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
-    chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, changes)
+    chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, format, changes)
 
     if tta and not eval_ppl:
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
@@ -324,14 +333,16 @@ def quantize(
         console.note(f"uploaded: {address}")
 
 
-def _recipe(method: str | None, file: Path | None, paper_exact: bool, changes: dict[str, Any]) -> "Recipe":
-    from lrquant.recipe import Recipe
+def _recipe(
+    method: str | None, file: Path | None, paper_exact: bool, format: str | None, changes: dict[str, Any]
+) -> "Recipe":
+    from lrquant.recipe import Recipe, with_format
 
     if file is None:
-        return Recipe.preset(method or "lrquant", paper_exact, **changes)
+        return Recipe.preset(method or "lrquant", paper_exact, format, **changes)
     if method is not None or paper_exact:
         raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
-    return Recipe.from_yaml(file).changed(**changes)
+    return Recipe.from_yaml(file).changed(**with_format(format, changes))
 
 
 def show(

@@ -24,6 +24,7 @@ from lrquant.formats.fake_quant import fake_quantize
 from lrquant.formats.grids import Grid
 
 _SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
+_WHOLE = "_lrquant_whole"  # a linear's: NVFP4's scale of its whole input, once it is calibrated
 PREFIX = "lrquant_"
 
 
@@ -63,6 +64,11 @@ def route_attention(model: Any) -> bool:
     return True
 
 
+def set_whole(linear: nn.Module, whole: Tensor | None) -> None:
+    """From now on `linear`'s input has NVFP4's scale `whole`, (1,) float32; None: each input its own."""
+    vars(linear)[_WHOLE] = None if whole is None else whole.cpu()
+
+
 def install(
     linears: Mapping[nn.Linear, QuantizationArgs | None],
     attention: Iterable[nn.Module],
@@ -88,23 +94,25 @@ class _Latest:
         self.source: Any = lambda: None
         self.result: Tensor | None = None
 
-    def quantized(self, x: Tensor, args: QuantizationArgs) -> Tensor:
+    def quantized(self, x: Tensor, args: QuantizationArgs, whole: Tensor | None) -> Tensor:
         # A graph finds what its parts share; in inference a tensor has no version by which a change would show.
         if torch.compiler.is_compiling() or x.is_inference():
-            return _rounded(x, args, _product_dtype(x))
-        key = (x._version, Grid.of(args), _product_dtype(x), torch.is_grad_enabled())
+            return _rounded(x, args, _product_dtype(x), whole)
+        known = None if whole is None else float(whole)
+        key = (x._version, Grid.of(args), _product_dtype(x), torch.is_grad_enabled(), known)
         if self.source() is not x or self.key != key or self.result is None:
-            self.result = _rounded(x, args, _product_dtype(x))
+            self.result = _rounded(x, args, _product_dtype(x), whole)
             self.source, self.key = ref(x), key
         return self.result
 
 
-def _rounded(x: Tensor, args: QuantizationArgs, product: torch.dtype | None) -> Tensor:
+def _rounded(x: Tensor, args: QuantizationArgs, product: torch.dtype | None, whole: Tensor | None = None) -> Tensor:
     """`x` on its grid, in the precision of the product it goes into.
 
     Under autocast what follows a product arrives in that product's precision, which is too coarse to find a grid in.
     """
-    return fake_quantize(x if product is None else x.float(), args, product)
+    whole = None if whole is None else whole.to(x.device)
+    return fake_quantize(x if product is None else x.float(), args, product, whole)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:
@@ -114,8 +122,8 @@ def _product_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _input_hook(args: QuantizationArgs, latest: _Latest) -> Any:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (latest.quantized(inputs[0], args), *inputs[1:])
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (latest.quantized(inputs[0], args, getattr(module, _WHOLE, None)), *inputs[1:])
 
     return hook
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrquant.formats.grids import WEIGHT_SCALE_FLOOR, Grid
-from lrquant.formats.rows import Factors, Rounding, extremes, range_of, scaled
+from lrquant.formats.rows import Factors, Rounding, extremes, range_of, scaled, to_grid
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal
 BLOCK = 128  # columns whose compensation is applied to the rest at once
@@ -27,13 +27,14 @@ def compensating_offsets(
     grid: Grid,
     factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
     scale_dtype: torch.dtype | None = None,
+    whole: Tensor | None = None,  # (1,), NVFP4's scale of the whole tensor
 ) -> Tensor:
     """Offsets (out, in) with which the weight rounds to GPTQ's integers, in float32.
 
     `factors` without offsets. A column whose inputs are all zero gets the offset zero and passes nothing on.
     """
     y = scaled(weight, factors, grid.group_size)
-    found = range_of(*extremes(y), factors, Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype))
+    found = range_of(*extremes(y), factors, Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, whole=whole))
     rows, width = weight.shape
     scale = found.scale.expand_as(y).reshape(rows, width)
     zero = torch.zeros_like(scale) if found.zero is None else found.zero.expand_as(y).reshape(rows, width)
@@ -48,7 +49,7 @@ def compensating_offsets(
         errors = moved.new_empty(rows, end - begin)
         for j in range(begin, end):
             value, s, z = moved[:, j], scale[:, j], zero[:, j]
-            rounded = ((value / s + z).clamp(grid.low, grid.high).round() - z) * s
+            rounded = (to_grid((value / s + z).clamp(grid.low, grid.high), grid) - z) * s
             errors[:, j - begin] = (value - rounded) / upper[j, j]
             moved[:, j + 1 : end].addr_(errors[:, j - begin], upper[j, j + 1 : end], alpha=-1)
         moved[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)

@@ -12,9 +12,19 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lrquant.formats import kernels
+from lrquant.formats import floats, kernels
 from lrquant.formats.grids import WEIGHT_SCALE_FLOOR, Grid
-from lrquant.formats.rows import Factors, Rounding, extremes, grouped, place_on_grid, range_of, scaled, stored_scale
+from lrquant.formats.rows import (
+    Factors,
+    Rounding,
+    extremes,
+    grouped,
+    place_on_grid,
+    range_of,
+    scaled,
+    stored_scale,
+    to_grid,
+)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -55,12 +65,24 @@ def _from_rows(rows: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tenso
     return rows.view(shape).permute(*inverse, -1)
 
 
-def fake_quantize(x: Tensor, args: QuantizationArgs, out_dtype: torch.dtype | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, args: QuantizationArgs, out_dtype: torch.dtype | None = None, whole: Tensor | None = None
+) -> Tensor:
     """Round activations `x` (..., features) to the grid of `args`, one range per token (or group of features).
 
     The result equals compressed-tensors' dynamic fake quantization bit for bit, in `out_dtype` or `x`'s own.
+    `whole` is NVFP4's scale of the whole tensor, (1,) float32; None: found from `x`.
     """
-    return _FakeQuantize.apply(x, Rounding(Grid.of(args), None, out_dtype=out_dtype), *Factors())
+    grid = Grid.of(args)
+    if grid.has_whole and whole is None:
+        whole = floats.scale_of_tensor(x.detach().abs().amax())
+    return _FakeQuantize.apply(x, Rounding(grid, None, out_dtype=out_dtype, whole=whole), *Factors())
+
+
+@torch.no_grad()
+def largest_weight(weight: Tensor, factors: Factors) -> Tensor:
+    """The largest magnitude in diag(row)·W·diag(column), (): what NVFP4's scale of a whole tensor follows."""
+    return scaled(weight, factors, None).abs().amax()
 
 
 def fake_quantize_weight(
@@ -70,12 +92,14 @@ def fake_quantize_weight(
     scale_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
+    whole: Tensor | None = None,  # (1,) float32
 ) -> Tensor:
     """The dequantized weight (out, in) of diag(row)·W·diag(column), differentiable in all but the formats.
 
-    `scale_dtype`: what the checkpoint holds of scales; `product_dtype`: in which a loader multiplies.
+    `scale_dtype`: what the checkpoint holds of scales; `product_dtype`: in which a loader multiplies; `whole`:
+    NVFP4's scale of the whole tensor.
     """
-    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, product_dtype, out_dtype)
+    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, product_dtype, out_dtype, whole)
     return _FakeQuantize.apply(weight, how, *factors)
 
 
@@ -85,13 +109,15 @@ class QuantizedWeight(NamedTuple):
     integers: Tensor  # (out, in) int8, signed
     scale: Tensor  # (out, groups)
     zero: Tensor | None  # (out, groups) int8; None when symmetric
+    unit: float = 1.0  # what an integer one stands for
+    whole: Tensor | None = None  # (1,) float32, NVFP4's scale of the whole tensor, which `scale` includes
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(q − z)·s computed in `dtype`, (out, in)."""
-        q = grouped(self.integers.to(dtype), self.integers.shape[1] // self.scale.shape[1])
+        """(q − z)·s rounded to `dtype`, (out, in). In float32 the product of numbers of few bits is exact."""
+        q = grouped(self.integers.float() * self.unit, self.integers.shape[1] // self.scale.shape[1])
         if self.zero is not None:
-            q = q - self.zero.to(dtype)[..., None]
-        return (q * self.scale.to(dtype)[..., None]).flatten(-2)
+            q = q - self.zero.float()[..., None]
+        return (q * self.scale.float()[..., None]).flatten(-2).to(dtype)
 
 
 @torch.no_grad()
@@ -100,12 +126,13 @@ def quantize_weight(
     grid: Grid,
     factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
     scale_dtype: torch.dtype | None = None,
+    whole: Tensor | None = None,  # (1,) float32
 ) -> QuantizedWeight:
     """The integers, scales and zero points behind `fake_quantize_weight` of the same arguments."""
-    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype)
+    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, whole=whole)
     y = scaled(weight, factors, grid.group_size)
     found = range_of(*extremes(y), factors, how)
-    q = place_on_grid(y, found, factors, how).clamp_(grid.low, grid.high).round_()
+    q = to_grid(place_on_grid(y, found, factors, how).clamp_(grid.low, grid.high), grid)
     zero = None if found.zero is None else found.zero.squeeze(-1).to(torch.int8)
     scale = stored_scale(found, factors, how).expand_as(found.scale).squeeze(-1)
-    return QuantizedWeight(q.flatten(-2).to(torch.int8), scale, zero)
+    return QuantizedWeight((q / grid.unit).flatten(-2).to(torch.int8), scale, zero, grid.unit, whole)

@@ -2,7 +2,7 @@
 
     eager      chunks of rows that fit a processor's cache, one operation after another; starts at once
     compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling
-    triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels)
+    triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels); compiled for four-bit floats
 
 All give the same x̂ bit for bit, so that a checkpoint holds the integers that training saw; gradients agree to
 rounding. `using` chooses for a while; outside it everything is eager, which is right for a few calls.
@@ -41,7 +41,7 @@ def quantize(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Tensor
     """`rows.quantize_rows` by the chosen kernels."""
     if torch.compiler.is_compiling():  # into a larger graph (lrquant.reconstruction.graphs)
         return quantize_rows(x, factors, how)
-    kernels = _chosen_for(x)
+    kernels = _chosen_for(x, how)
     if kernels == "triton":
         from lrquant.formats import triton_kernels
 
@@ -65,7 +65,7 @@ def gradients(
     """`rows.gradients_of_rows` by the chosen kernels."""
     if torch.compiler.is_compiling():
         return gradients_of_rows(x, factors, low, high, grad, how, wanted)
-    kernels = _chosen_for(x)
+    kernels = _chosen_for(x, how)
     if kernels == "triton":
         from lrquant.formats import triton_kernels
 
@@ -84,9 +84,12 @@ def gradients(
     return Gradients(*(value if wants else None for value, wants in zip(found, wanted, strict=True)))
 
 
-def _chosen_for(x: Tensor) -> str:
+def _chosen_for(x: Tensor, how: Rounding) -> str:
     kernels = _CHOSEN.get()
-    return "eager" if kernels == "triton" and not x.is_cuda else kernels
+    if kernels == "triton" and not x.is_cuda:
+        return "eager"
+    # Triton's kernels here know integers; PyTorch compiles the arithmetic of four-bit floats as well.
+    return "compiled" if kernels == "triton" and how.grid.is_float else kernels
 
 
 def _joined(parts: Sequence[Gradients]) -> Gradients:

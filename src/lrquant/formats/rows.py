@@ -12,18 +12,21 @@ moves with y, outside it with the end m of the range, which the zero point follo
     inside     dx̂/r = dy + s·dv + (q − z − y/s)·ds
     outside    dx̂/r = dm + (q − z − m/s)·ds            (with z's own clamp open)
 
+For four-bit floats (lrquant.formats.floats) q is the nearest of them instead of the nearest integer, and z is zero.
+
 The extremes are values of the group themselves: their gradient goes to the elements that attain them, in equal
 parts. Of all gradients only those of y and v are as large as the weight; those of row, clips and r are sums
 along rows, that of column is a sum along columns. `lrquant.formats.kernels` decides how these functions run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lrquant.formats import floats
 from lrquant.formats.grids import Grid, Range, find_range
 
 
@@ -51,6 +54,7 @@ class Rounding:
     scale_dtype: torch.dtype | None = None  # what the checkpoint holds of scales; None: the values' own
     product_dtype: torch.dtype | None = None  # in which (q − z)·s is computed; None: the values' own
     out_dtype: torch.dtype | None = None  # of x̂; None: the values' own
+    whole: Tensor | None = field(default=None, compare=False)  # (1,) float32, NVFP4's scale g of the whole tensor
 
 
 class Gradients(NamedTuple):
@@ -86,7 +90,7 @@ def extremes(y: Tensor) -> tuple[Tensor, Tensor]:
 def range_of(low: Tensor, high: Tensor, factors: Factors, how: Rounding) -> Range:
     low = low if factors.clip_low is None else low * factors.clip_low
     high = high if factors.clip_high is None else high * factors.clip_high
-    return find_range(low, high, how.grid, how.floor, how.scale_dtype)
+    return find_range(low, high, how.grid, how.floor, how.scale_dtype, how.whole)
 
 
 def place_on_grid(y: Tensor, found: Range, factors: Factors, how: Rounding) -> Tensor:
@@ -97,11 +101,20 @@ def place_on_grid(y: Tensor, found: Range, factors: Factors, how: Rounding) -> T
     return q if factors.offset is None else q + grouped(factors.offset, how.grid.group_size)
 
 
+def to_grid(clamped: Tensor, grid: Grid) -> Tensor:
+    """The number of `grid` nearest to each value, which lies within its ends."""
+    return floats.nearest(clamped) if grid.is_float else clamped.round()
+
+
 def stored_scale(found: Range, factors: Factors, how: Rounding) -> Tensor:
     """The scale that the checkpoint holds: s·r, rounded to the precision it is stored in."""
     if factors.gain is None:
         return found.scale
     scale = found.scale * factors.gain
+    if how.whole is not None:
+        return floats.e4m3_scale(scale, how.whole)[0]
+    if how.grid.is_float:
+        return floats.nearest_power_of_two(scale)
     return scale if how.scale_dtype is None else scale.to(how.scale_dtype).to(scale.dtype)
 
 
@@ -110,7 +123,7 @@ def quantize_rows(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, T
     y = scaled(x, factors, how.grid.group_size)
     low, high = extremes(y)
     found = range_of(low, high, factors, how)
-    q = place_on_grid(y, found, factors, how).clamp(how.grid.low, how.grid.high).round()
+    q = to_grid(place_on_grid(y, found, factors, how).clamp(how.grid.low, how.grid.high), how.grid)
     if found.zero is not None:
         q = q - found.zero
     product = (q * stored_scale(found, factors, how)).flatten(-2)
@@ -138,7 +151,7 @@ def gradients_of_rows(
     clamped = place.clamp(grid.low, grid.high)
     grad = grouped(grad.to(y.dtype), grid.group_size)
     grad_inside = torch.where(place == clamped, grad, torch.zeros_like(grad))
-    steps = clamped.round() if found.zero is None else clamped.round() - found.zero
+    steps = to_grid(clamped, grid) if found.zero is None else to_grid(clamped, grid) - found.zero
 
     # Sums along each group, of the gradient before the factor r.
     with_steps = (grad * steps).sum(-1, keepdim=True)

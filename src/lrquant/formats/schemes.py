@@ -1,15 +1,22 @@
 """A block's number format, described by compressed-tensors' own `QuantizationArgs`.
 
 Weights are integers of 2–8 bits per output channel or per group of input channels, with stored scales;
-activations are integers of 2–8 bits per token, their range found at run time. Whoever reads the
-checkpoint later (transformers, vLLM) reads these same objects.
+activations are integers of 2–8 bits per token, their range found at run time. Or both are four-bit floats in small
+groups, NVFP4 or MXFP4, as recent hardware multiplies them. Whoever reads the checkpoint later (transformers, vLLM)
+reads these same objects.
 """
 
 from dataclasses import dataclass
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    QuantizationStrategy,
+    preset_name_to_scheme,
+)
 
 from lrquant.errors import UsageError
+from lrquant.formats.grids import Numbers
 
 BITS = range(2, 9)
 HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-point format
@@ -75,9 +82,26 @@ class Scheme:
         weights = None if wbits == HIGH_PRECISION_BITS else weight_args(wbits, group_size, symmetric)
         return cls(weights, inputs, inputs if quantize_attention else None)
 
+    @classmethod
+    def floating(cls, numbers: Numbers, abits: int = HIGH_PRECISION_BITS) -> "Scheme":
+        """`Scheme.floating("nvfp4", 4)`: NVFP4 weights and inputs. Attention has no such format and is left alone."""
+        preset = preset_name_to_scheme(numbers if abits == 4 else f"{numbers}A16", [])
+        return cls(preset.weights, preset.input_activations)
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels that share a scale, of weights or inputs; None: as many as there are."""
+        args = self.weights or self.inputs
+        return args.group_size if args is not None else None
+
+    @property
+    def has_static_inputs(self) -> bool:
+        """Whether inputs have a scale that calibration finds: NVFP4's, for the whole tensor."""
+        return self.inputs is not None and self.inputs.dynamic == "local"
+
     def for_linear(self, width: int, flat_input: bool) -> QuantizationScheme:
         """compressed-tensors' scheme of one linear with `width` input features."""
         inputs = self.inputs
-        if inputs is not None and flat_input:
+        if inputs is not None and flat_input and inputs.strategy == QuantizationStrategy.TOKEN.value:
             inputs = per_token_for_flat_inputs(inputs, width)
         return QuantizationScheme(targets=[], weights=self.weights, input_activations=inputs)

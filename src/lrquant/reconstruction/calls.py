@@ -12,10 +12,11 @@ from torch.func import functional_call
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
 from lrquant.formats import kernels
+from lrquant.formats.floats import scale_of_tensor
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.graphs import Graph
 from lrquant.reconstruction.learning import Forward, Learnables
-from lrquant.reconstruction.parameters import BlockParameters, quantized_parameters
+from lrquant.reconstruction.parameters import BlockParameters, FrozenBlock, linear_names, quantized_parameters
 from lrquant.reconstruction.speed import matrix_products
 from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.transforms.statistics import ChannelStatistics
@@ -107,6 +108,31 @@ class BlockCalls:
             for handle in handles:
                 handle.remove()
         return statistics, flat
+
+    @torch.no_grad()
+    def input_scales(self, stream: Stream, frozen: FrozenBlock) -> dict[str, Tensor]:
+        """NVFP4's scale of every linear's input, (1,) each: of the largest that `stream` brings about in `frozen`."""
+        most: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found = inputs[0].abs().amax()
+                most[name] = found if name not in most else torch.maximum(most[name], found)
+
+            return hook
+
+        handles = [  # first of all hooks: what comes before any rounding
+            self.block.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
+            for name in linear_names(self.block)
+        ]
+        parameters = frozen.parameters(next(self.block.parameters()).dtype)
+        try:
+            for chosen in self._batches():
+                self._call(stream, chosen, parameters)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: scale_of_tensor(found).cpu() for name, found in most.items()}
 
     @torch.no_grad()
     def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:

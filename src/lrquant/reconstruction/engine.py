@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lrquant.architectures import Family, MultimodalFamily, Stage
 from lrquant.calibration.capture import capture
 from lrquant.errors import UsageError
 from lrquant.formats import kernels
-from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.formats.activations import quantized_activations, route_attention, set_whole
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
@@ -46,6 +46,7 @@ from lrquant.reconstruction.parameters import (
     initial_offsets,
     initial_rotation,
     initial_smoothing,
+    sharing_inputs,
 )
 from lrquant.reconstruction.preparation import (
     check_finite,
@@ -95,6 +96,7 @@ class Present:
 
     blocks: Sequence[Mapping[str, Tensor]]  # dequantized parameters of every block, by name
     relearned: frozenset[int]
+    input_scales: Sequence[Mapping[str, Tensor]] = ()  # of every block (FrozenBlock.input_scales), if there are any
 
 
 def reconstruct(
@@ -127,10 +129,10 @@ def reconstruct(
     places = [(stage, index) for stage in stages for index in range(len(stage.blocks(model)))]
     paths = [f"{stage.path}.{index}" for stage, index in places]
     for stage in stages:
-        check_group_size(stage.blocks(model)[0], recipe.group_size)
+        check_group_size(stage.blocks(model)[0], recipe.scheme.group_size)
     for name, module in chosen_modules(model, recipe.also).items():
         if isinstance(module, nn.Linear):
-            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.group_size)
+            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
@@ -169,6 +171,10 @@ def reconstruct(
                 _, flat = run.advance_full_precision(target_stream)
                 result.flat_inputs |= {f"{path}.{name}" for name in flat}
                 _replace(block, restored[1] if restored is not None else untouched)  # type: ignore[arg-type]
+                if restored is not None:
+                    _keep_input_scales(block, restored[0].input_scales)
+                elif present is not None and present.input_scales:
+                    _keep_input_scales(block, present.input_scales[place])
                 with quantized_activations(
                     block, linear_input_args(block, scheme.inputs, recipe, flat), attention_args
                 ):
@@ -189,6 +195,7 @@ def reconstruct(
                 start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
             add_bias_slots(block, slots)
             fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
+            fixed = replace(fixed, together=sharing_inputs(statistics))
             if recipe.lwc and scheme.weights:
                 start |= initial_clipping(fixed)
             if recipe.rotation and scheme.weights:
@@ -208,14 +215,18 @@ def reconstruct(
                     now = run.fixed_function(present.blocks[place], quantized_stream, targets)
                     learned = or_present(learned, now, len(samples), batch, recipe)
                 frozen = freeze(fixed, learned.learnables)
+                if scheme.has_static_inputs:
+                    frozen = replace(frozen, input_scales=run.input_scales(quantized_stream, frozen))
             if learned.outcome == "kept present":
                 assert present is not None
                 _replace(block, present.blocks[place])
+                _keep_input_scales(block, present.input_scales[place] if present.input_scales else {})
             else:
                 watcher.block_decided(
                     view, Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
                 )
                 _replace(block, frozen.parameters(next(block.parameters()).dtype))
+                _keep_input_scales(block, frozen.input_scales)
             with quantized_activations(block, input_args, attention_args):
                 cosine = run.advance(quantized_stream, target_stream)
             watcher.block_ends(view)
@@ -236,6 +247,7 @@ def reconstruct(
                 record,
                 tuple(sorted(flat)),
                 tuple(slots),
+                dict(frozen.input_scales),
             )
             result.add(path, finished)
             if learned.outcome != "kept present":
@@ -297,10 +309,11 @@ def frozen_on_cpu(frozen: FrozenBlock) -> FrozenBlock:
             integers=weight.integers.cpu(),
             scale=weight.scale.cpu(),
             zero=None if weight.zero is None else weight.zero.cpu(),
+            whole=None if weight.whole is None else weight.whole.cpu(),
         )
         for name, weight in frozen.weights.items()
     }
-    return FrozenBlock(weights, {name: tensor.cpu() for name, tensor in frozen.dense.items()}, frozen.product_dtype)
+    return replace(frozen, weights=weights, dense={name: tensor.cpu() for name, tensor in frozen.dense.items()})
 
 
 def _moved(statistics: ChannelStatistics, device: torch.device) -> ChannelStatistics:
@@ -330,6 +343,12 @@ def _replace(block: nn.Module, values: Mapping[str, Tensor]) -> None:
     parameters = dict(block.named_parameters())
     for name, tensor in values.items():
         parameters[name].copy_(tensor)
+
+
+def _keep_input_scales(block: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """From now on inputs of `block`'s linears are quantized with these scales (FrozenBlock.input_scales)."""
+    for name, scale in scales.items():
+        set_whole(block.get_submodule(name), scale)
 
 
 def _checked_start(start: Learnables, given: Learnables, index: int, device: torch.device) -> Learnables:

@@ -90,6 +90,8 @@ class Graphs:
         """
         if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None:
             return None
+        if fixed.grid.is_float:  # the scales of whole tensors do not go into a graph
+            return None
         kind = _kind(block, fixed)
         if kind not in self.known:
             self.known[kind] = Graph(_skeleton(block), replace(fixed, tensors={}), self.recipe, self.device)

@@ -6,7 +6,7 @@ would have. The journal here remembers nothing; the one on disk is `lrquant.chec
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ class FinishedBlock:
     record: BlockRecord
     flat_inputs: tuple[str, ...]  # linears that see (tokens, width)
     added_biases: tuple[str, ...]  # modules that got a bias for a shift
+    input_scales: dict[str, Tensor] = field(default_factory=dict)  # FrozenBlock.input_scales
 
 
 class Journal:

@@ -16,7 +16,10 @@ from torch import nn
 
 from lrquant.errors import UsageError
 from lrquant.formats import Grid, quantize_weight
-from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
+from lrquant.formats.floats import scale_of_tensor
+from lrquant.formats.rows import Factors
+from lrquant.formats.storage import product_dtype
 from lrquant.recipe import Recipe
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head")
@@ -73,8 +76,9 @@ def round_outside(model: Any, recipe: Recipe, sample: dict[str, Any], storage_dt
         rows = weight.detach().float().flatten(1)  # (out, in · kernel)
         if not isinstance(module, nn.Linear):
             grid = Grid(grid.bits, grid.symmetric)  # patches have few channels: a scale for each row
-        rounded = quantize_weight(rows, grid, scale_dtype=storage_dtype)
-        weight.copy_(rounded.dequantized().view_as(weight))
+        whole = scale_of_tensor(largest_weight(rows, Factors())) if grid.has_whole else None
+        rounded = quantize_weight(rows, grid, scale_dtype=storage_dtype, whole=whole)
+        weight.copy_(rounded.dequantized(product_dtype(recipe.scheme, storage_dtype)).view_as(weight))
         if isinstance(module, nn.Linear):
             weights[name] = rounded
     return Outside(weights, flat)

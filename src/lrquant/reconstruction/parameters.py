@@ -10,7 +10,7 @@ Learnables, by name:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lrquant.formats import Factors, Grid, Scheme, fake_quantize_weight, quantize_weight
 from lrquant.formats.compensation import compensating_offsets
-from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
+from lrquant.formats.floats import scale_of_tensor
 from lrquant.formats.storage import product_dtype
 from lrquant.transforms import Equivalence, Reparameterized, materialize, reparameterize
 from lrquant.transforms.statistics import ChannelStatistics
@@ -36,6 +37,7 @@ class BlockParameters:
     grid: Grid | None  # None: weights stay in floating point
     storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
     product_dtype: torch.dtype  # in which loaders dequantize (formats.storage)
+    together: Mapping[str, str] = field(default_factory=dict)  # linear → the first of those that share its input
 
     @classmethod
     def of(
@@ -45,6 +47,19 @@ class BlockParameters:
         grid = Grid.of(scheme.weights) if scheme.weights else None
         products = product_dtype(scheme, storage_dtype)
         return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products)
+
+
+def sharing_inputs(statistics: Mapping[str, ChannelStatistics]) -> dict[str, str]:
+    """Each linear's first companion with the same input, itself among them: runtimes fuse queries, keys and values."""
+    first: dict[str, str] = {}
+    for name, seen in statistics.items():
+        same = (other for other in first.values() if _equal(seen.absmax, statistics[other].absmax))
+        first[name] = next(same, name)
+    return first
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def linear_names(block: nn.Module) -> tuple[str, ...]:
@@ -107,6 +122,7 @@ def compensated_offsets(
     assert fixed.grid is not None
     changed = reparameterize(fixed.tensors, fixed.equivalences, learnables)
     without = {name: tensor for name, tensor in learnables.items() if not name.endswith(".offset")}
+    wholes = _wholes(fixed, changed, without)
     return {
         f"{linear}.offset": compensating_offsets(
             fixed.tensors[f"{linear}.weight"],
@@ -114,6 +130,7 @@ def compensated_offsets(
             fixed.grid,
             _factors(changed, without, linear),
             fixed.storage_dtype,
+            wholes[linear],
         )
         for linear in fixed.linears
     }
@@ -137,6 +154,20 @@ def _factors(changed: Reparameterized, learnables: Mapping[str, Tensor], linear:
     )
 
 
+def _wholes(
+    fixed: BlockParameters, changed: Reparameterized, learnables: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """NVFP4's scale of every whole weight, (1,) each; the same for weights that runtimes fuse, which have one input."""
+    if fixed.grid is None or not fixed.grid.has_whole:
+        return dict.fromkeys(fixed.linears)
+    most: dict[str, Tensor] = {}
+    for linear in fixed.linears:
+        found = largest_weight(fixed.tensors[f"{linear}.weight"], _factors(changed, learnables, linear))
+        first = fixed.together.get(linear, linear)
+        most[first] = found if first not in most else torch.maximum(most[first], found)
+    return {linear: scale_of_tensor(most[fixed.together.get(linear, linear)]) for linear in fixed.linears}
+
+
 def _rotation(learnables: Mapping[str, Tensor], linear: str) -> Tensor:
     """R = r₁ r₂ of rank k > 1, (out, in)."""
     return learnables[f"{linear}.rotation_left"] @ learnables[f"{linear}.rotation_right"]
@@ -148,6 +179,7 @@ class Prepared(NamedTuple):
     vectors: dict[str, Tensor]  # parameter name → norm weight, norm bias or linear bias, as the checkpoint rounds it
     factors: dict[str, Factors]  # by linear
     rotations: dict[str, Tensor]  # by linear, (out, in): of rank k > 1
+    wholes: dict[str, Tensor | None]  # by linear, (1,): NVFP4's scale of the whole weight
 
 
 def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype) -> Prepared:
@@ -156,6 +188,7 @@ def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: to
         {name: value.to(fixed.storage_dtype).to(dtype) for name, value in changed.vectors.items()},
         {linear: _factors(changed, learnables, linear) for linear in fixed.linears},
         {linear: _rotation(learnables, linear) for linear in fixed.linears if f"{linear}.rotation_left" in learnables},
+        _wholes(fixed, changed, learnables),
     )
 
 
@@ -168,11 +201,11 @@ def rounded_weights(
         weight, factors = weights[f"{linear}.weight"], by.factors[linear]
         assert fixed.grid is not None
         if linear in by.rotations:
-            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype)
+            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype, whole=by.wholes[linear])
             weight = (weight * by.rotations[linear]).to(fixed.product_dtype).to(dtype)
         else:
             weight = fake_quantize_weight(
-                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product
+                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product, by.wholes[linear]
             )
         result[f"{linear}.weight"] = weight
     return result
@@ -202,6 +235,7 @@ class FrozenBlock:
     weights: Mapping[str, QuantizedWeight]  # linear → integers, scales, zero points
     dense: Mapping[str, Tensor]  # parameter name → values in the storage dtype
     product_dtype: torch.dtype = torch.float32
+    input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear → NVFP4's scale of its input, (1,)
 
     def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """As `quantized_parameters`, from what the checkpoint holds."""
@@ -220,10 +254,15 @@ def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBl
         dense = materialize(fixed.tensors, changed)
         return FrozenBlock({}, {name: value.to(fixed.storage_dtype) for name, value in dense.items()})
     dense = dict(fixed.tensors) | dict(changed.vectors)
+    wholes = _wholes(fixed, changed, learnables)
     weights = {}
     for linear in fixed.linears:
         weight = quantize_weight(
-            dense.pop(f"{linear}.weight"), fixed.grid, _factors(changed, learnables, linear), fixed.storage_dtype
+            dense.pop(f"{linear}.weight"),
+            fixed.grid,
+            _factors(changed, learnables, linear),
+            fixed.storage_dtype,
+            wholes[linear],
         )
         if f"{linear}.rotation_left" in learnables:
             dense[f"{linear}.weight"] = weight.dequantized() * _rotation(learnables, linear)
