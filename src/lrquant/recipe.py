@@ -273,7 +273,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
     "lrquant": {},
     "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
-    "lrquant-max": {"two_branch": True, "dynamic_loss": True, "rotation": True, "rounding": "learned"},
+    "lrquant-max": {
+        "two_branch": True,
+        "dynamic_loss": True,
+        "rotation": True,
+        "rounding": "learned",
+        "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
+    },
 }
 
 _PAPER: dict[str, Any] = {
@@ -304,5 +310,9 @@ FLOATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quantize_attention": False, "rotation": False},
 }
 
-# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published.
-WEIGHT_ONLY: dict[str, dict[str, Any]] = {"omniquant": {"let": False}}
+# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published, and beside
+# learned rounding LRQuant+'s parts bring nothing more.
+WEIGHT_ONLY: dict[str, dict[str, Any]] = {
+    "omniquant": {"let": False},
+    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False},
+}

@@ -20,7 +20,7 @@ PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sa
 PAPER_STEPS = 20 * 128
 RATE_POWER, MOST_RATE = 0.75, 32.0
 
-ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 4.0, 0.02
+ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.5, 0.02
 FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
@@ -145,7 +145,7 @@ def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
 def rounding_rate(recipe: Recipe, steps: int) -> float:
     """Rounding's rate for `steps` optimiser steps, unless the recipe names it.
 
-    An offset has to be able to go from −½ to ½ and back within a schedule whose mean rate is half its first. More than
+    An offset has to be able to go from −½ to ½ within a schedule whose mean rate is half its first. More than
     0.02 a step does harm (docs/benchmarks.md).
     """
     return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
