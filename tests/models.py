@@ -1,5 +1,6 @@
 """A small random model of every family and its variants, and how to compute with it beyond rounding."""
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -61,7 +62,7 @@ def config_of(name: str) -> Any:
 def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A fresh model, the same on every call. Norm weights and biases are random, so that losing one shows."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(deepcopy(config_of(name)), dtype=dtype)
     for parameter in model.parameters():
         if parameter.ndim == 1:  # around the 1 of norms, the 0 of Gemma's norms and of biases
             parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))

@@ -1,9 +1,10 @@
 """Checkpoints that are only right with lrquant, and how transformers learns to read them.
 
-A shift on an RMSNorm model needs biases that its modules lack. Loaded without them such a checkpoint would
+A shift on an RMSNorm model needs biases that its modules lack; a Hadamard transform at run time stands in the
+checkpoint's `transform_config`, which transformers (5.23) reads past. Loaded without them such a checkpoint would
 answer nonsense, so it says so twice: its `model_type` is `lrquant`, which plain transformers refuses as
 unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes the
-original family's again, and the quantizer adds the biases before compressed-tensors does the rest.
+original family's again, and the quantizer adds biases and transforms before compressed-tensors does the rest.
 """
 
 from typing import Any
@@ -41,19 +42,26 @@ def register_quantizer(_: Any = None) -> None:
 
     @auto.register_quantization_config(OWN_METHOD)
     class LrquantQuantizationConfig(CompressedTensorsConfig):
-        """compressed-tensors' configuration and the modules that get a bias."""
+        """compressed-tensors' configuration, the modules that get a bias, and the inputs that are transformed."""
 
-        def __init__(self, added_biases: list[str] | None = None, **kwargs: Any) -> None:
+        def __init__(
+            self, added_biases: list[str] | None = None, transform_config: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            from compressed_tensors.transform import TransformConfig
+
             kwargs.pop("quant_method", None)
             kwargs.pop("version", None)
             super().__init__(**kwargs)
             self.quant_method = OWN_METHOD  # type: ignore[assignment]  # by which transformers picks the quantizer
             self.added_biases = added_biases or []
+            self.transform_config = TransformConfig(**transform_config) if transform_config else None
 
     @auto.register_quantizer(OWN_METHOD)
     class LrquantHfQuantizer(CompressedTensorsHfQuantizer):
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
             from lrquant.transforms.bias_slots import add_bias_slots
+            from lrquant.transforms.online import add_online_transforms
 
             add_bias_slots(model, self.quantization_config.added_biases)  # type: ignore[attr-defined]
+            add_online_transforms(model, self.quantization_config.transform_config)  # type: ignore[attr-defined]
             super()._process_model_before_weight_loading(model, **kwargs)

@@ -220,7 +220,7 @@ def _saved(
     read = residence.read if isinstance(residence, Streamed) else None
 
     def sizes_of(checkpoint_bytes: int) -> Sizes:
-        return measure_sizes(model, checkpoint_bytes, weights + more[0], bits + more[1])
+        return measure_sizes(model, checkpoint_bytes, weights + more[0], bits + more[1], result.rotated.untied)
 
     def write(folder: Path) -> None:
         outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
@@ -297,6 +297,9 @@ def _notes(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruc
         )
     if result.added_biases:
         notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+    if result.rotated.online:
+        notes.append("Inputs are transformed at run time: the checkpoint loads only after `import lrquant`.")
+    notes += result.rotated.notes
     if recipe.dense:
         notes.append(
             f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "

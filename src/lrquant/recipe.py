@@ -58,6 +58,12 @@ class Recipe(BaseModel):
     smooth_attention: bool = Field(True, description="Scales between v and out, and between queries and keys")
     smooth_mlp: bool = Field(True, description="Scales between up and down projections")
     lwc: bool = Field(True, description="Learnable weight clipping")
+    orthogonal: tuple[Literal["stream", "values", "down"], ...] = Field(
+        (), description="What is rotated by orthogonal matrices before anything is learned; down: at run time"
+    )
+    orthogonal_kind: Literal["hadamard", "random"] = Field(
+        "hadamard", description="Hadamard matrices with random signs, or random orthogonal matrices"
+    )
 
     # The learning.
     loss: Literal["mse", "mse+nlc"] = Field("mse+nlc", description="Reconstruction loss")

@@ -9,7 +9,7 @@ merges or splits (most mixtures of experts), a model of several stages and one w
 loaded whole instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,50 @@ class Streamed(Residence):
 
     def __init__(self, model: nn.Module, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
         super().__init__(model, keeps=False)
-        self._sources, self._dtype = sources, dtype
+        self._sources, self._dtype = dict(sources), dtype
+        self._changes: dict[str, Callable[[nn.Module], None]] = {}
 
     def take(self, path: str) -> nn.Module:
-        self.fill([f"{path}.{name}" for name in self.model.get_submodule(path).state_dict()])
-        return self.model.get_submodule(path)
+        module = self.model.get_submodule(path)
+        if self.fill([f"{path}.{name}" for name in module.state_dict()]) and path in self._changes:
+            self._changes[path](module)
+        return module
 
     def release(self, path: str) -> None:
         self.model.get_submodule(path).to("meta")
 
-    def fill(self, names: list[str]) -> None:
-        """Give the skeleton's tensors `names` their values, unless they have them."""
+    def alter(self, path: str, change: Callable[[nn.Module], None]) -> None:
+        if any(tensor.is_meta for tensor in self.model.get_submodule(path).parameters()):
+            self._changes[path] = change
+        else:
+            super().alter(path, change)
+
+    def untie(self, name: str, source: str) -> None:
+        module, _, own = name.rpartition(".")
+        shape = nn.Parameter(self.model.get_parameter(source).detach().to("meta"), requires_grad=False)
+        setattr(self.model.get_submodule(module), own, shape)
+        self._sources[name] = self._sources[source]
+
+    def fill(self, names: list[str]) -> bool:
+        """Give the skeleton's tensors `names` their values, unless they have them; whether any lacked them."""
         from accelerate.utils import set_module_tensor_to_device
 
         present = self.model.state_dict(keep_vars=True)
-        for name in names:
-            if present[name].is_meta:
-                set_module_tensor_to_device(self.model, name, "cpu", value=self.read(name))
+        missing = [name for name in names if present[name].is_meta]
+        for name in missing:
+            set_module_tensor_to_device(self.model, name, "cpu", value=self._stored(name))
+        return bool(missing)
 
     def read(self, name: str) -> Tensor:
+        """The tensor `name` as a model in memory has it, a copy of its own."""
+        path, _, own = name.rpartition(".")
+        if path not in self._changes:
+            return self._stored(name)
+        tensor = self.take(path).get_parameter(own).detach()
+        self.release(path)
+        return tensor
+
+    def _stored(self, name: str) -> Tensor:
         """The tensor `name` as transformers would load it, a copy of its own."""
         file, key = self._sources[name]
         try:

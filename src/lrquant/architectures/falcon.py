@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from lrquant.architectures.family import Family
+from lrquant.architectures.family import Family, ResidualStream
 from lrquant.architectures.layouts import grouped, rope_pairs, stacked, unpaired
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutput
 
-QKV, UP = "self_attention.query_key_value", "mlp.dense_h_to_4h"
+QKV, UP, DOWN = "self_attention.query_key_value", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"
+RESIDUAL = ResidualStream(("self_attention.dense", DOWN), DOWN, ("word_embeddings",), "ln_f")
 
 
 def equivalences(config: Any) -> tuple[Equivalence, ...]:
@@ -33,4 +34,4 @@ def _norms(config: Any) -> tuple[NormToLinears, ...]:
     return NormToLinears("input_layernorm", (QKV,)), NormToLinears("post_attention_layernorm", (UP,))
 
 
-FAMILY = Family("falcon", ("falcon",), "transformer.h", equivalences)
+FAMILY = Family("falcon", ("falcon",), "transformer.h", equivalences, residual=RESIDUAL)

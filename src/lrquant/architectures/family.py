@@ -11,7 +11,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,11 +26,28 @@ _HELPERS = {"family", "layouts", "gated_decoder", "vision_encoder"}
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """Who writes to the hidden states that a decoder's blocks hand on, so that they can be rotated.
+
+    Who reads them is known: the linears behind a block's norms (`NormToLinears`), and the head behind the last norm.
+    Names are relative to a block (`writers`, `down`) or to what holds the list of blocks.
+    """
+
+    writers: tuple[str, ...]  # linears of a block whose outputs are added to the stream
+    down: str  # the one of them that closes the MLP
+    embeddings: tuple[str, ...]  # modules whose rows start the stream
+    norm: str  # before the head
+    why_not: str = ""  # why the stream of this family cannot be rotated
+
+
+@dataclass(frozen=True)
 class Stage:
     """A list of equal blocks inside a model, `path`, and the transformations of each."""
 
     path: str
     equivalences: Sequence[Equivalence]
+    residual: ResidualStream | None = None
+    joins: str | None = None  # the linear whose outputs stand among the embeddings: a picture's projector
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.path).children())
@@ -52,6 +69,7 @@ class Family:
     equivalences: Callable[..., Sequence[Equivalence]]
     tower: str = "language"
     known: bool = True  # False: found by inspection
+    residual: ResidualStream | None = None
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -69,7 +87,7 @@ class Family:
         path = self.blocks if hasattr(top, first) else rest
         path = f"{root}.{path}" if root else path
         if "*" not in path:
-            return [Stage(path, self.equivalences(config))]
+            return [Stage(path, self.equivalences(config), self.residual)]
         above, _, below = path.partition(".*.")
         count = len(list(model.get_submodule(above).children()))
         return [Stage(f"{above}.{index}.{below}", self.equivalences(config, index)) for index in range(count)]
@@ -92,6 +110,7 @@ class MultimodalFamily:
     name: str
     model_types: tuple[str, ...]
     parts: tuple[Tower, ...]
+    projector: str | None = None  # the linear whose outputs stand among the language model's embeddings
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -115,7 +134,8 @@ class MultimodalFamily:
                     f"the {part.name} tower is of type {config.model_type!r}, which is not known; known are "
                     f"{', '.join(family_names())}"
                 )
-            stages += family.stages_below(model, part.path, config)
+            below = family.stages_below(model, part.path, config)
+            stages += [replace(stage, joins=self.projector) for stage in below]
         return stages
 
 

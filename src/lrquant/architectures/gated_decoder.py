@@ -1,9 +1,14 @@
 """The block that Llama made common: RMSNorm, rotary grouped-query attention, gated MLP."""
 
+from dataclasses import replace
 from typing import Any
 
+from lrquant.architectures.family import ResidualStream
 from lrquant.architectures.layouts import Heads, rope_pairs, separate
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
+
+RESIDUAL = ResidualStream(("self_attn.o_proj", "mlp.down_proj"), "mlp.down_proj", ("embed_tokens",), "norm")
+NORMS_BEHIND = replace(RESIDUAL, why_not="a norm stands behind each sublayer, and its weights act on single channels")
 
 
 def head_counts(config: Any) -> tuple[int, int, int]:

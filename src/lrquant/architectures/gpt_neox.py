@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from lrquant.architectures.family import Family
+from lrquant.architectures.family import Family, ResidualStream
 from lrquant.architectures.layouts import grouped, rope_pairs
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutput
 
 QKV = "attention.query_key_value"
+RESIDUAL = ResidualStream(
+    ("attention.dense", "mlp.dense_4h_to_h"), "mlp.dense_4h_to_h", ("embed_in",), "final_layer_norm"
+)
 
 
 def equivalences(config: Any) -> tuple[Equivalence, ...]:
@@ -21,4 +24,4 @@ def equivalences(config: Any) -> tuple[Equivalence, ...]:
     )
 
 
-FAMILY = Family("gpt_neox", ("gpt_neox",), "gpt_neox.layers", equivalences)
+FAMILY = Family("gpt_neox", ("gpt_neox",), "gpt_neox.layers", equivalences, residual=RESIDUAL)

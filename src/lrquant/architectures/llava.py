@@ -9,4 +9,5 @@ FAMILY = MultimodalFamily(
         Tower("vision", "model.vision_tower", "vision_config"),
         Tower("language", "model.language_model", "text_config"),
     ),
+    projector="model.multi_modal_projector.linear_2",
 )

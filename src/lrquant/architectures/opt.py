@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from lrquant.architectures.family import Family
+from lrquant.architectures.family import Family, ResidualStream
 from lrquant.architectures.layouts import separate, unpaired
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
+
+RESIDUAL = ResidualStream(("self_attn.out_proj", "fc2"), "fc2", ("embed_tokens", "embed_positions"), "final_layer_norm")
 
 
 def equivalences(config: Any) -> tuple[Equivalence, ...]:
@@ -27,4 +29,4 @@ def equivalences(config: Any) -> tuple[Equivalence, ...]:
     )
 
 
-FAMILY = Family("opt", ("opt",), "model.decoder.layers", equivalences)
+FAMILY = Family("opt", ("opt",), "model.decoder.layers", equivalences, residual=RESIDUAL)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from lrquant.architectures.family import Family
-from lrquant.architectures.gated_decoder import head_counts
+from lrquant.architectures.gated_decoder import RESIDUAL, head_counts
 from lrquant.architectures.layouts import rope_pairs, stacked
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 
@@ -26,4 +26,4 @@ def equivalences(config: Any) -> tuple[Equivalence, ...]:
     )
 
 
-FAMILY = Family("phi3", ("phi3",), "model.layers", equivalences)
+FAMILY = Family("phi3", ("phi3",), "model.layers", equivalences, residual=RESIDUAL)

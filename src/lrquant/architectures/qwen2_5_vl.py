@@ -3,7 +3,7 @@
 from typing import Any
 
 from lrquant.architectures.family import Family, MultimodalFamily, Tower
-from lrquant.architectures.qwen2_vl import LANGUAGE, attention
+from lrquant.architectures.qwen2_vl import LANGUAGE, PROJECTOR, attention
 from lrquant.transforms import Equivalence, NormToLinears, UpToDown
 
 
@@ -24,4 +24,5 @@ FAMILY = MultimodalFamily(
         Tower("vision", "model.visual", "vision_config", VISION),
         Tower("language", "model.language_model", "text_config", LANGUAGE),
     ),
+    projector=PROJECTOR,
 )

@@ -6,7 +6,7 @@ Multimodal rotary embedding still turns channels j and j + half together, so sca
 from typing import Any
 
 from lrquant.architectures.family import Family, MultimodalFamily, Tower
-from lrquant.architectures.gated_decoder import gated_decoder
+from lrquant.architectures.gated_decoder import RESIDUAL, gated_decoder
 from lrquant.architectures.layouts import rope_pairs, stacked
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutput
 
@@ -27,7 +27,10 @@ def vision(config: Any) -> tuple[Equivalence, ...]:
 
 
 VISION = Family("qwen2_vl_vision", ("qwen2_vl_vision",), "visual.blocks", vision, tower="vision")
-LANGUAGE = Family("qwen2_vl_text", ("qwen2_vl_text", "qwen2_5_vl_text"), "model.layers", gated_decoder)
+PROJECTOR = "model.visual.merger.mlp.2"
+LANGUAGE = Family(
+    "qwen2_vl_text", ("qwen2_vl_text", "qwen2_5_vl_text"), "model.layers", gated_decoder, residual=RESIDUAL
+)
 
 FAMILY = MultimodalFamily(
     "qwen2_vl",
@@ -36,4 +39,5 @@ FAMILY = MultimodalFamily(
         Tower("vision", "model.visual", "vision_config", VISION),
         Tower("language", "model.language_model", "text_config", LANGUAGE),
     ),
+    projector=PROJECTOR,
 )

@@ -3,6 +3,6 @@
 from functools import partial
 
 from lrquant.architectures.family import Family
-from lrquant.architectures.gated_decoder import gated_decoder
+from lrquant.architectures.gated_decoder import RESIDUAL, gated_decoder
 
-FAMILY = Family("qwen3", ("qwen3",), "model.layers", partial(gated_decoder, query_key_norm=True))
+FAMILY = Family("qwen3", ("qwen3",), "model.layers", partial(gated_decoder, query_key_norm=True), residual=RESIDUAL)

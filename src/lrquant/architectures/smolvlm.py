@@ -18,4 +18,5 @@ FAMILY = MultimodalFamily(
         Tower("vision", "model.vision_model", "vision_config", VISION),
         Tower("language", "model.text_model", "text_config"),
     ),
+    projector="model.connector.modality_projection.proj",
 )

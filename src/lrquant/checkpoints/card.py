@@ -51,10 +51,10 @@ def model_card(
     base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction, auto: str
 ) -> str:
     """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
-    own = bool(result.added_biases)
+    own = result.needs_lrquant
     loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     if own:
-        loading = "import lrquant  # teaches transformers the biases that this checkpoint adds\n" + loading
+        loading = "import lrquant  # teaches transformers what this checkpoint adds to its model\n" + loading
     if auto == "AutoModelForImageTextToText" and "vision" in (recipe.towers or ()) and not config.get("dequantize"):
         loading += "\nmodel(**inputs)  # once, before model.generate(**inputs): the first call unpacks the vision tower"
     attention = ""

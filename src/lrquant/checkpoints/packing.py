@@ -19,6 +19,7 @@ from lrquant.formats.floats import e4m3
 from lrquant.formats.storage import dequantized_on_load, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.parameters import FrozenBlock
+from lrquant.transforms.online import transform_config
 
 INPUT_SCALE = ".input_global_scale"
 _FILL_WEIGHTS = (".clip.", ".siglip.")  # parts of transformers whose blocks must have whole weights when they load
@@ -70,7 +71,8 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     """The `quantization_config` entry of config.json.
 
     Linears whose input is flat, (tokens, width), get a group of their own (see formats.schemes). A
-    model that got biases for its shifts is marked with lrquant's own method and lists them.
+    model that got biases for its shifts, or whose inputs are transformed at run time, is marked with lrquant's own
+    method; the biases are listed, the transforms described as compressed-tensors describes them.
     """
     inside = tuple(f"{path}." for path in result.block_paths)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -106,9 +108,13 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     data["version"] = compressed_tensors.__version__
     if dequantized_on_load(scheme):
         data["dequantize"] = True
-    if result.added_biases:
+    if result.needs_lrquant:
         data["quant_method"] = OWN_METHOD
         data["added_biases"] = list(result.added_biases)
+    if result.rotated.online:
+        targets = dict.fromkeys(_any_block(name, result.block_paths) for name in result.rotated.online)
+        width = linears[result.rotated.online[0]].in_features
+        data["transform_config"] = transform_config(list(targets), width).model_dump(mode="json")
     return data
 
 

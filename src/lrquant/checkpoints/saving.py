@@ -85,9 +85,12 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def measure_sizes(model: nn.Module, checkpoint_bytes: int, weights: int, bits: int) -> Sizes:
-    """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def measure_sizes(model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0) -> Sizes:
+    """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`.
+
+    `untied` parameters are not in the original, where they are tied to others.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - untied
     return Sizes(checkpoint_bytes, 2 * parameters, bits / weights if weights else 16.0)
 
 
@@ -102,7 +105,7 @@ def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, st
         within = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
         more = quantized_size(frozen.weights, within)
         weights, bits = weights + more[0], bits + more[1]
-    return measure_sizes(model, total, weights, bits)
+    return measure_sizes(model, total, weights, bits, result.rotated.untied)
 
 
 def quantized_outside(

@@ -165,6 +165,18 @@ def quantize(
         float | None,
         typer.Option(help="Leave a block when two epochs lowered its loss by less than this share.", metavar="SHARE"),
     ] = None,
+    orthogonal: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Rotate these before anything is learned: stream, values, and, at run time, down.",
+            show_default="none",
+        ),
+    ] = None,
+    orthogonal_kind: Annotated[
+        Literal["hadamard", "random"] | None,
+        typer.Option(help="By Hadamard matrices with random signs, or by random orthogonal ones."),
+    ] = None,
     loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
     two_branch: Annotated[
         bool | None,
@@ -250,6 +262,8 @@ def quantize(
         "schedule": schedule and schedule.value,
         "rounding": rounding,
         "rounding_lr": rounding_lr,
+        "orthogonal": orthogonal and tuple(orthogonal.split(",")),
+        "orthogonal_kind": orthogonal_kind,
         "early_stop": early_stop,
         "loss": loss and loss.value,
         "two_branch": two_branch,

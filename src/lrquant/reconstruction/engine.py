@@ -37,6 +37,7 @@ from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.learning import Learnables, or_present
+from lrquant.reconstruction.orthogonal import Rotated, rotate
 from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
     BlockParameters,
@@ -78,8 +79,14 @@ class Reconstruction:
     records: list[BlockRecord] = field(default_factory=list)
     flat_inputs: set[str] = field(default_factory=set)  # linears (full names) that see (tokens, width)
     added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
+    rotated: Rotated = field(default_factory=Rotated)
     attention_quantized: bool = False
     outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
+
+    @property
+    def needs_lrquant(self) -> bool:
+        """Whether the model computes something that its family's own code does not."""
+        return bool(self.added_biases or self.rotated.online)
 
     def add(self, path: str, finished: FinishedBlock) -> None:
         """Take up the block at `path`."""
@@ -136,6 +143,7 @@ def reconstruct(
     scheme = recipe.scheme
     attention_args = scheme.attention if scheme.attention and route_attention(model) else None
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
+    result.rotated = rotate(model, stages, recipe, residence, storage_dtype)
     journal.open(len(paths))
     residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]

@@ -13,7 +13,11 @@ from lrquant.transforms.bias_slots import missing_biases
 
 
 def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
-    """The family's transformations that the recipe switches on. Query–key scales only matter to rounded attention."""
+    """The family's transformations that the recipe switches on.
+
+    Query–key scales only matter to rounded attention. A scale between up and down projections would stand before the
+    transform at run time, not behind it.
+    """
     if not recipe.let:
         return []
     enabled = []
@@ -22,7 +26,7 @@ def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> lis
             continue
         if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention):
             continue
-        if isinstance(equivalence, UpToDown) and not recipe.smooth_mlp:
+        if isinstance(equivalence, UpToDown) and (not recipe.smooth_mlp or "down" in recipe.orthogonal):
             continue
         enabled.append(equivalence)
     return enabled

@@ -1,5 +1,7 @@
 """Where blocks are while they are not worked on: here, in memory; `lrquant.streaming` leaves them on disk."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 
@@ -21,3 +23,13 @@ class Residence:
 
     def release(self, path: str) -> None:
         """The block at `path` is done with."""
+
+    def alter(self, path: str, change: Callable[[nn.Module], None]) -> None:
+        """Have `change` done to the module at `path`, once, before anyone sees its weights."""
+        change(self.model.get_submodule(path))
+
+    def untie(self, name: str, source: str) -> None:
+        """Give the parameter `name`, which is the parameter `source`, values of its own."""
+        module, _, own = name.rpartition(".")
+        copy = self.model.get_parameter(source).detach().clone()
+        setattr(self.model.get_submodule(module), own, nn.Parameter(copy, requires_grad=False))
