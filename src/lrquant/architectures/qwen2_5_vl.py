@@ -3,7 +3,7 @@
 from typing import Any
 
 from lrquant.architectures.family import Family, MultimodalFamily, Tower
-from lrquant.architectures.qwen2_vl import LANGUAGE, PROJECTOR, attention
+from lrquant.architectures.qwen2_vl import TEXT, attention
 from lrquant.transforms import Equivalence, NormToLinears, UpToDown
 
 
@@ -16,13 +16,6 @@ def vision(config: Any) -> tuple[Equivalence, ...]:
 
 
 VISION = Family("qwen2_5_vl_vision", ("qwen2_5_vl_vision",), "visual.blocks", vision, tower="vision")
+PARTS = (Tower("vision", "model.visual", "vision_config", VISION), TEXT)
 
-FAMILY = MultimodalFamily(
-    "qwen2_5_vl",
-    ("qwen2_5_vl",),
-    (
-        Tower("vision", "model.visual", "vision_config", VISION),
-        Tower("language", "model.language_model", "text_config", LANGUAGE),
-    ),
-    projector=PROJECTOR,
-)
+FAMILY = MultimodalFamily("qwen2_5_vl", ("qwen2_5_vl",), PARTS, "model.visual.merger.mlp.2")

@@ -13,12 +13,11 @@ from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutp
 
 def attention(config: Any, width: int) -> tuple[Equivalence, ...]:
     """Transformations of the vision tower's attention, which Qwen2.5-VL shares."""
-    head_dim = width // config.num_heads
-    heads = stacked(config.num_heads, 1, head_dim)
+    heads = stacked(config.num_heads, 1, width // config.num_heads)
     return (
         NormToLinears("norm1", ("attn.qkv",)),
         ValueToOutput("attn.qkv", "attn.proj", heads.value, heads.output),
-        QueryKey("attn.qkv", "attn.qkv", heads.query, heads.key, rope_pairs(head_dim)),
+        QueryKey("attn.qkv", "attn.qkv", heads.query, heads.key, rope_pairs(width // config.num_heads)),
     )
 
 
@@ -27,17 +26,10 @@ def vision(config: Any) -> tuple[Equivalence, ...]:
 
 
 VISION = Family("qwen2_vl_vision", ("qwen2_vl_vision",), "visual.blocks", vision, tower="vision")
-PROJECTOR = "model.visual.merger.mlp.2"
 LANGUAGE = Family(
     "qwen2_vl_text", ("qwen2_vl_text", "qwen2_5_vl_text"), "model.layers", gated_decoder, residual=RESIDUAL
 )
+TEXT = Tower("language", "model.language_model", "text_config", LANGUAGE)
+PARTS = (Tower("vision", "model.visual", "vision_config", VISION), TEXT)
 
-FAMILY = MultimodalFamily(
-    "qwen2_vl",
-    ("qwen2_vl",),
-    (
-        Tower("vision", "model.visual", "vision_config", VISION),
-        Tower("language", "model.language_model", "text_config", LANGUAGE),
-    ),
-    projector=PROJECTOR,
-)
+FAMILY = MultimodalFamily("qwen2_vl", ("qwen2_vl",), PARTS, "model.visual.merger.mlp.2")
