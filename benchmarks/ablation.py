@@ -1,7 +1,12 @@
-"""What each part of LRQuant+ is worth: `python benchmarks/ablation.py`, offline, on the bundled model.
+"""What each part of a method is worth: `python benchmarks/ablation.py`, offline, on the bundled model.
 
-Every row is LRQuant with some parts of LRQuant+ switched on, every column a number format; a cell is the
-perplexity's mean and standard deviation over seeds, which decide the calibration samples and their order.
+    python benchmarks/ablation.py                                      the parts of LRQuant+
+    python benchmarks/ablation.py --table all --formats W4A4           everything there is, one part removed at a time
+    python benchmarks/ablation.py --table all --outliers 30            … behind norms with outlier channels
+    python benchmarks/ablation.py --table all --concentrate            … with hidden states in a few channels
+
+Every row is a recipe, every column a number format; a cell is the perplexity's mean and standard deviation over
+seeds, which decide the calibration samples and their order. The two stress models compute what the original does.
 """
 
 import copy
@@ -16,20 +21,49 @@ import typer
 from rich.console import Console
 
 import lrquant
+from lrquant.architectures import family_of
 from lrquant.calibration.text import calibration_samples, evaluation_ids
 from lrquant.evaluation import perplexity
 from lrquant.models import load_model, load_tokenizer
+from lrquant.reconstruction.orthogonal import rotate_stream
+from lrquant.reconstruction.residence import Residence
+from lrquant.zoo.scripts.outliers import grow_outliers
 
-PARTS = ("two_branch", "dynamic_loss", "rotation")
-ROWS: dict[str, tuple[str, ...]] = {
-    "LRQuant": (),
-    "LRQuant+ (all three)": PARTS,
-    "+ two branches": ("two_branch",),
-    "+ dynamic loss": ("dynamic_loss",),
-    "+ rotation": ("rotation",),
-    "LRQuant+ without two branches": ("dynamic_loss", "rotation"),
-    "LRQuant+ without dynamic loss": ("two_branch", "rotation"),
-    "LRQuant+ without rotation": ("two_branch", "dynamic_loss"),
+Row = dict[str, Any]  # what a row changes in the preset `lrquant`, or in the one it names
+
+
+def on(*parts: str) -> Row:
+    return dict.fromkeys(parts, True)
+
+
+PLUS = on("two_branch", "dynamic_loss", "rotation")
+ALL: Row = PLUS | {"rounding": "learned", "orthogonal": ("stream", "values", "down")}
+TABLES: dict[str, dict[str, Row]] = {
+    "lrquant+": {
+        "LRQuant": {},
+        "LRQuant+ (all three)": PLUS,
+        "+ two branches": on("two_branch"),
+        "+ dynamic loss": on("dynamic_loss"),
+        "+ rotation": on("rotation"),
+        "LRQuant+ without two branches": on("dynamic_loss", "rotation"),
+        "LRQuant+ without dynamic loss": on("two_branch", "rotation"),
+        "LRQuant+ without rotation": on("two_branch", "dynamic_loss"),
+    },
+    "all": {
+        "rounding to nearest": {"method": "rtn"},
+        "… behind orthogonal rotation": {"method": "rtn", "orthogonal": ALL["orthogonal"]},
+        "LRQuant": {},
+        "LRQuant+": PLUS,
+        "everything": ALL,
+        "… without smoothing": ALL | {"let": False},
+        "… with a shift": ALL | {"shift": "on"},
+        "… without clipping": ALL | {"lwc": False},
+        "… without two branches and dynamic loss": ALL | {"two_branch": False, "dynamic_loss": False},
+        "… without rotation vectors": ALL | {"rotation": False},
+        "… without learned rounding": ALL | {"rounding": "nearest"},
+        "… without the transform at run time": ALL | {"orthogonal": ("stream", "values")},
+        "… without orthogonal rotation": ALL | {"orthogonal": ()},
+    },
 }
 FORMATS: dict[str, dict[str, Any]] = {
     "W4A4": {"wbits": 4, "abits": 4},
@@ -48,22 +82,31 @@ def main(
     epochs: int = 5,
     batch_size: int = 4,
     windows: int = 64,
+    table: Annotated[str, typer.Option(help="Which rows: lrquant+ or all.")] = "lrquant+",
+    outliers: Annotated[float, typer.Option(help="First grow channels behind every norm by this factor.")] = 1.0,
+    concentrate: Annotated[bool, typer.Option(help="First turn the hidden states to their principal axes.")] = False,
     formats: Annotated[str, typer.Option(help="Only these formats, separated by commas.")] = ",".join(FORMATS),
     rows: Annotated[str, typer.Option(help="Only these rows, by number, as 0,1.")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Keep every single result here; results already there are not redone.")
     ] = None,
 ) -> None:
-    """Print the ablation of LRQuant+ as a markdown table."""
+    """Print an ablation as a markdown table."""
     err = Console(stderr=True)
     tokenizer, original = load_tokenizer(model), load_model(model, torch.float32)
     test = evaluation_ids(tokenizer, eval_ppl)
     calibration = [calibration_samples(tokenizer, calib, nsamples, seqlen, seed) for seed in range(seeds)]
-    names = [name for index, name in enumerate(ROWS) if not rows or str(index) in rows.split(",")]
+    if concentrate:
+        concentrate_stream(original, calibration[0])
+    if outliers != 1:
+        grow_outliers(original, outliers)
+    err.print(f"largest channel of a block's input, times the mean of all: {peak(original, calibration[0]):.1f}")
+    recipes = TABLES[table]
+    names = [name for index, name in enumerate(recipes) if not rows or str(index) in rows.split(",")]
     if unknown := set(formats.split(",")) - set(FORMATS):
         raise typer.BadParameter(f"unknown formats {', '.join(sorted(unknown))}: there are {', '.join(FORMATS)}")
     columns = {name: FORMATS[name] for name in formats.split(",")}
-    settings = [model, calib, eval_ppl, nsamples, seqlen, epochs, batch_size, windows]
+    settings = [model, calib, eval_ppl, nsamples, seqlen, epochs, batch_size, windows, table, outliers, concentrate]
     kept = (
         json.loads(json_file.read_text()) if json_file and json_file.is_file() else {"settings": settings, "rows": {}}
     )
@@ -79,10 +122,11 @@ def main(
                 values = results[row].setdefault(name, [])
                 if len(values) > seed:
                     continue
-                parts = {part: part in ROWS[row] for part in PARTS}
                 recipe = lrquant.Recipe.preset(
-                    "lrquant", **bits, **parts, epochs=epochs, batch_size=batch_size, seed=seed, seqlen=seqlen
+                    **{"method": "lrquant", **bits, **recipes[row]}, seed=seed, seqlen=seqlen
                 )
+                if recipe.learns:
+                    recipe = recipe.changed(epochs=epochs, batch_size=batch_size)
                 quantized = lrquant.quantize(copy.deepcopy(original), recipe, calibration[seed], tokenizer=tokenizer)
                 values.append(perplexity(quantized.model, test, seqlen, windows).value)
                 done += 1
@@ -98,6 +142,41 @@ def main(
     print(f"| full precision | {' | '.join([f'{full:.3f}'] * len(columns))} |")
     for row, cells in results.items():
         print(f"| {row} | {' | '.join(cell(cells[name]) for name in columns)} |")
+
+
+@torch.no_grad()
+def peak(model: Any, samples: list[torch.Tensor]) -> float:
+    """The largest channel's root mean square over the mean of all channels', of the last block's input."""
+    hidden = block_inputs(model, samples)[-1]
+    spread = (hidden**2).mean(0).sqrt()
+    return float(spread.max() / spread.mean())
+
+
+def block_inputs(model: Any, samples: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What every block receives, (tokens of all samples, hidden)."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    (stage,) = family_of(model).stages(model)
+    handles = [
+        block.register_forward_pre_hook(lambda _, inputs, index=index: seen.setdefault(index, []).append(inputs[0][0]))
+        for index, block in enumerate(stage.blocks(model))
+    ]
+    for ids in samples:
+        model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(parts) for _, parts in sorted(seen.items())]
+
+
+@torch.no_grad()
+def concentrate_stream(model: Any, samples: list[torch.Tensor]) -> None:
+    """Turn the hidden states to the principal axes of what blocks receive, so that a few channels stand out.
+
+    The opposite of what a Hadamard matrix does, and by the same means.
+    """
+    (stage,) = family_of(model).stages(model)
+    rows = torch.cat([hidden / hidden.norm(dim=-1, keepdim=True) for hidden in block_inputs(model, samples)]).double()
+    axes = torch.linalg.eigh(rows.T @ rows).eigenvectors
+    rotate_stream(model, stage, axes, Residence(model), model.dtype)
 
 
 def cell(values: list[float]) -> str:

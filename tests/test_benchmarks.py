@@ -79,6 +79,9 @@ def test_methods_and_ablation(
     printed = capsys.readouterr()
     assert [row[0] for row in rows(printed.out)][1:3] == ["LRQuant", "+ rotation"]
     assert printed.err.count("seed 0") == 2
+    ablation.main(model=tiny, table="all", formats="W4A4", rows="0,1,4", concentrate=True, outliers=2.0, **settings)
+    found = rows(capsys.readouterr().out)
+    assert [row[0] for row in found][1:] == ["rounding to nearest", "… behind orthogonal rotation", "everything"]
 
 
 def test_adaptation(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

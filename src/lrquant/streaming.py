@@ -33,12 +33,13 @@ class Streamed(Residence):
     def __init__(self, model: nn.Module, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
         super().__init__(model, keeps=False)
         self._sources, self._dtype = dict(sources), dtype
-        self._changes: dict[str, Callable[[nn.Module], None]] = {}
+        self._changes: dict[str, list[Callable[[nn.Module], None]]] = {}
 
     def take(self, path: str) -> nn.Module:
         module = self.model.get_submodule(path)
-        if self.fill([f"{path}.{name}" for name in module.state_dict()]) and path in self._changes:
-            self._changes[path](module)
+        if self.fill([f"{path}.{name}" for name in module.state_dict()]):
+            for change in self._changes.get(path, ()):
+                change(module)
         return module
 
     def release(self, path: str) -> None:
@@ -46,7 +47,7 @@ class Streamed(Residence):
 
     def alter(self, path: str, change: Callable[[nn.Module], None]) -> None:
         if any(tensor.is_meta for tensor in self.model.get_submodule(path).parameters()):
-            self._changes[path] = change
+            self._changes.setdefault(path, []).append(change)
         else:
             super().alter(path, change)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lrquant
 from lrquant import Recipe
 from lrquant.errors import Interrupted
-from lrquant.transforms.online import transformed
+from lrquant.transforms.online import BlockHadamard
 from tests.test_resume import Stops, contents
 from tests.tiny import SETTINGS, write_tiny
 
@@ -92,13 +92,13 @@ AutoModelForCausalLM.from_pretrained({str(saved[0])!r})
         layers.append(torch.nn.Linear(128, 64))
         down, other = layers[0]["mlp"]["down_proj"], layers[1]
         x, before, weight = torch.randn(2, 3, 128), other.weight.clone(), down.weight.clone()
-        expected = down(x)
+        expected, transform = down(x), BlockHadamard(128)
         apply_transform_config(model, config)
         seen: list[torch.Tensor] = []
         down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         assert torch.allclose(down(x), expected, atol=1e-4)
-        assert torch.allclose(seen[0], transformed(x), atol=1e-4)
-        assert torch.allclose(down.weight, transformed(weight), atol=1e-4)
+        assert torch.allclose(seen[0], transform(x), atol=1e-4)
+        assert torch.allclose(down.weight, transform(weight), atol=1e-4)
         assert torch.equal(other.weight, before)
 
 

@@ -8,15 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.errors import UsageError
+from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.orthogonal import Rotated, rotate
+from lrquant.reconstruction.parameters import BlockParameters, freeze, initial_clipping
 from lrquant.reconstruction.residence import Residence
+from lrquant.transforms.online import BlockHadamard, add_online_transform
 from lrquant.transforms.orthogonal import hadamard, keeping_mean, orthogonal_matrix
 from tests import models, vision_models
 from tests.models import InDouble
+from tests.reconstruction.test_graphs import Line
 
 EXACT = 1e-10  # relative to the largest logit
 IDS = models.token_ids(2)
@@ -167,3 +172,20 @@ def test_a_hadamard_rotation_spreads_one_channel_evenly() -> None:
     outlier[5] = 64.0
     matrix = orthogonal_matrix(64, "hadamard", torch.Generator().manual_seed(0))
     assert torch.allclose((outlier @ matrix).abs(), torch.full((64,), 8.0).double())
+
+
+def test_a_transform_at_run_time_compiles_with_its_block() -> None:
+    recipe = Recipe.preset("lrquant", wbits=4, abits=16, kernels="compiled", products="float32")
+    block = Line(64)
+    expected = block(torch.eye(64)[None])
+    add_online_transform(block.linear)
+    block.linear.weight.data = BlockHadamard(64)(block.linear.weight.data)
+    assert torch.allclose(block(torch.eye(64)[None]), expected, atol=1e-6)
+    fixed = BlockParameters.of(block, (), recipe.scheme, torch.float32)
+    learnables = {name: tensor.requires_grad_() for name, tensor in initial_clipping(fixed).items()}
+    graph = Graphs(recipe, torch.device("cpu")).of(block, fixed)
+    assert graph is not None
+    seen = graph(block, fixed, learnables, torch.eye(64)[None], {})
+    assert seen is not None
+    plain = functional_call(block, freeze(fixed, learnables).parameters(torch.float32), (torch.eye(64)[None],))
+    assert torch.allclose(seen, plain, atol=1e-5)

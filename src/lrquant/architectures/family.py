@@ -135,7 +135,11 @@ class MultimodalFamily:
                     f"{', '.join(family_names())}"
                 )
             below = family.stages_below(model, part.path, config)
-            stages += [replace(stage, joins=self.projector) for stage in below]
+            for stage in below:
+                residual = stage.residual
+                if residual is not None and self.projector is None:
+                    residual = replace(residual, why_not=residual.why_not or "where pictures join it is not declared")
+                stages.append(replace(stage, residual=residual, joins=self.projector))
         return stages
 
 

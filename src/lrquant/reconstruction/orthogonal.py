@@ -16,6 +16,7 @@ SpinQuant §3; there LayerNorm models are left out.) Everything is computed in f
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lrquant.errors import UsageError
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.residence import Residence
 from lrquant.transforms import NormToLinears, ValueToOutput
-from lrquant.transforms.online import add_online_transform, block_of, transformed
+from lrquant.transforms.online import BlockHadamard, add_online_transform
 from lrquant.transforms.orthogonal import hadamard, orthogonal_matrix
 
 MOST_ROWS = 16384
@@ -61,36 +62,26 @@ def rotate(
                 f"orthogonal {part!r}: {model.config.model_type} models cannot be rotated there"
                 f"{f' ({reasons[0]})' if reasons and part == 'stream' else ''}; leave it out"
             )
-    places = [
-        (stage, f"{stage.path}.{index}", block) for stage in stages for index, block in enumerate(stage.blocks(model))
-    ]
-    streams = [stage for stage in stages if "stream" in recipe.orthogonal and _allows(stage, "stream")]
-    for stage, path, block in places:
-        if stage in streams:
-            check_stream(block, stage, path)
-    matrices, untied = {}, 0
-    for stage in streams:
-        matrices[stage.path], untied = _rotate_ends(model, stage, recipe, residence, storage_dtype)
-    online = []
-    for place, (stage, path, block) in enumerate(places):
-        residence.alter(path, _BlockRotation(stage, matrices.get(stage.path), recipe, place))
-        if "down" in recipe.orthogonal and stage.residual is not None:
-            linear: nn.Linear = block.get_submodule(stage.residual.down)  # type: ignore[assignment]
-            block_of(linear.in_features)
-            add_online_transform(linear)
-            online.append(f"{path}.{stage.residual.down}")
-    return Rotated(tuple(online), untied, _notes(stages, recipe, [len(matrix) for matrix in matrices.values()]))
-
-
-def _notes(stages: Sequence[Stage], recipe: Recipe, widths: Sequence[int]) -> list[str]:
-    """Which rotations are random although Hadamard matrices were asked for."""
-    sizes = list(widths)
-    if "values" in recipe.orthogonal:
-        sizes += [
-            e.value_rows.shape[-1] for stage in stages for e in stage.equivalences if isinstance(e, ValueToOutput)
-        ]
+    sizes, online, untied, place = [], [], 0, 0
+    for stage in stages:
+        if "stream" in recipe.orthogonal and _allows(stage, "stream"):
+            matrix = stream_matrix(model, stage, recipe)
+            untied = rotate_stream(model, stage, matrix, residence, storage_dtype)
+            sizes.append(len(matrix))
+        for index, block in enumerate(stage.blocks(model)):
+            path = f"{stage.path}.{index}"
+            if "values" in recipe.orthogonal:
+                sizes += [pair.value_rows.shape[-1] for pair in _pairs(stage)]
+                residence.alter(path, partial(_rotate_all_values, _pairs(stage), recipe, recipe.seed + 1 + place))
+            if "down" in recipe.orthogonal and stage.residual is not None:
+                linear: nn.Linear = block.get_submodule(stage.residual.down)  # type: ignore[assignment]
+                add_online_transform(linear)
+                residence.alter(path, partial(_transform_down, stage.residual.down))
+                online.append(f"{path}.{stage.residual.down}")
+            place += 1
     unknown = [size for size in dict.fromkeys(sizes) if recipe.orthogonal_kind == "hadamard" and hadamard(size) is None]
-    return [f"No Hadamard matrix of order {size} is known here: it is rotated at random instead." for size in unknown]
+    notes = [f"No Hadamard matrix of order {size} is known here: it is rotated at random instead." for size in unknown]
+    return Rotated(tuple(online), untied, notes)
 
 
 def _allows(stage: Stage, part: str) -> bool:
@@ -116,50 +107,38 @@ def _norms(stage: Stage) -> list[NormToLinears]:
     return [equivalence for equivalence in stage.equivalences if isinstance(equivalence, NormToLinears)]
 
 
-@dataclass(frozen=True)
-class _BlockRotation:
-    """Rotates a block in place: the stream by `matrix`, each head's values, the down projection's inputs."""
-
-    stage: Stage
-    matrix: Tensor | None
-    recipe: Recipe
-    place: int
-
-    @torch.no_grad()
-    def __call__(self, block: nn.Module) -> None:
-        residual = self.stage.residual
-        if self.matrix is not None and residual is not None:
-            for norm in _norms(self.stage):
-                linears = [block.get_submodule(name) for name in norm.linears]
-                _fold_norm(block.get_submodule(norm.norm), norm.offset, linears, self.matrix, norm.norm)
-            for name in residual.writers:
-                _rotate_outputs(block.get_submodule(name), self.matrix)
-        if "values" in self.recipe.orthogonal:
-            generator = torch.Generator().manual_seed(self.recipe.seed + 1 + self.place)
-            for equivalence in self.stage.equivalences:
-                if isinstance(equivalence, ValueToOutput):
-                    size = equivalence.value_rows.shape[-1]
-                    turn = orthogonal_matrix(size, self.recipe.orthogonal_kind, generator)
-                    _rotate_values(block, equivalence, turn)
-        if "down" in self.recipe.orthogonal and residual is not None:
-            weight: Tensor = block.get_submodule(residual.down).weight  # type: ignore[assignment]
-            weight.copy_(transformed(weight.double()))
+def _pairs(stage: Stage) -> list[ValueToOutput]:
+    return [equivalence for equivalence in stage.equivalences if isinstance(equivalence, ValueToOutput)]
 
 
-def _rotate_ends(
-    model: Any, stage: Stage, recipe: Recipe, residence: Residence, storage_dtype: torch.dtype
-) -> tuple[Tensor, int]:
-    """Rotate what stands before and behind the blocks; returns R and how many parameters untying added."""
-    residual: ResidualStream = stage.residual  # type: ignore[assignment]
-    root = stage.path.rpartition(".")[0]
-    above, head = model.get_submodule(root), model.get_output_embeddings()
-    norm = getattr(above, residual.norm, None)
-    if head is None or norm is None:
+def stream_matrix(model: Any, stage: Stage, recipe: Recipe) -> Tensor:
+    """R for the hidden states of `stage`, (hidden, hidden), float64."""
+    residual, above = _residual(stage), model.get_submodule(stage.path.rpartition(".")[0])
+    width = above.get_submodule(residual.embeddings[0]).weight.shape[1]
+    keep_mean = isinstance(getattr(above, residual.norm, None), nn.LayerNorm)
+    return orthogonal_matrix(width, recipe.orthogonal_kind, torch.Generator().manual_seed(recipe.seed), keep_mean)
+
+
+def _residual(stage: Stage) -> ResidualStream:
+    assert stage.residual is not None
+    return stage.residual
+
+
+@torch.no_grad()
+def rotate_stream(model: Any, stage: Stage, matrix: Tensor, residence: Residence, storage_dtype: torch.dtype) -> int:
+    """Rotate the hidden states of `stage` by `matrix`; returns how many parameters untying the head added.
+
+    Raises:
+        UsageError: something reads or writes them that a rotation cannot be folded into.
+    """
+    residual, norms = _residual(stage), _norms(stage)
+    for index, block in enumerate(stage.blocks(model)):
+        check_stream(block, stage, f"{stage.path}.{index}")
+    above, head = model.get_submodule(stage.path.rpartition(".")[0]), model.get_output_embeddings()
+    if head is None or getattr(above, residual.norm, None) is None:
         raise UsageError("orthogonal 'stream': a model without a language head would answer in rotated hidden states")
     if getattr(above, "project_in", None) is not None:
         raise UsageError("orthogonal 'stream': embeddings of another width than the blocks' cannot be rotated")
-    generator = torch.Generator().manual_seed(recipe.seed)
-    matrix = orthogonal_matrix(len(norm.weight), recipe.orthogonal_kind, generator, isinstance(norm, nn.LayerNorm))
     head_path = next(name for name, module in model.named_modules() if module is head)
     untied = _untie(model, head_path, residence)
     for name in residual.embeddings:
@@ -168,17 +147,42 @@ def _rotate_ends(
     if stage.joins is not None:
         _rotate_outputs(model.get_submodule(stage.joins), matrix)
         _round(model.get_submodule(stage.joins), storage_dtype)
-    norms = _norms(stage)
-    gain, bias = _norm_values(norm, norms[0].offset if norms else 0.0)
-    kept = _fold_norm(norm, norms[0].offset if norms else 0.0, [], matrix, residual.norm)
+    for index in range(len(stage.blocks(model))):
+        residence.alter(f"{stage.path}.{index}", partial(_rotate_block, norms, residual.writers, matrix))
+    norm = above.get_submodule(residual.norm)
+    gain, bias = _norm_values(norm, norms[0].offset)
+    stays = _fold_norm(norm, norms[0].offset, [], matrix, residual.norm)
     _round(norm, storage_dtype)
 
     def rotate_head(module: nn.Module) -> None:
-        _read_rotated(module, gain, None if kept else bias, matrix)
+        _read_rotated(module, gain, None if stays else bias, matrix)
         _round(module, storage_dtype)
 
     residence.alter(head_path, rotate_head)
-    return matrix, untied
+    return untied
+
+
+@torch.no_grad()
+def _rotate_block(norms: Sequence[NormToLinears], writers: Sequence[str], matrix: Tensor, block: nn.Module) -> None:
+    for norm in norms:
+        linears = [block.get_submodule(name) for name in norm.linears]
+        _fold_norm(block.get_submodule(norm.norm), norm.offset, linears, matrix, norm.norm)
+    for name in writers:
+        _rotate_outputs(block.get_submodule(name), matrix)
+
+
+@torch.no_grad()
+def _rotate_all_values(pairs: Sequence[ValueToOutput], recipe: Recipe, seed: int, block: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for pair in pairs:
+        turn = orthogonal_matrix(pair.value_rows.shape[-1], recipe.orthogonal_kind, generator)
+        _rotate_values(block, pair, turn)
+
+
+@torch.no_grad()
+def _transform_down(name: str, block: nn.Module) -> None:
+    weight: Tensor = block.get_submodule(name).weight  # type: ignore[assignment]
+    weight.copy_(BlockHadamard(weight.shape[1])(weight.double()))
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ matrix over the largest power of two that divides the width: runtimes have fast 
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
@@ -36,35 +35,47 @@ def block_of(width: int) -> int:
     return block
 
 
-def transformed(x: Tensor) -> Tensor:
-    """x H, (…, width), in the precision of x. H is symmetric and its own inverse, so W H undoes it in a weight.
+class BlockHadamard:
+    """H of a width. Symmetric and its own inverse: a weight W H undoes it.
 
     A block of b = b₁ b₂ channels is a matrix (b₁, b₂), and H = H₁ ⊗ H₂ acts on it as H₁ X H₂.
     """
-    block = block_of(x.shape[-1])
-    first = 1 << (block.bit_length() - 1) // 2
-    outer, inner = (_sylvester(size, x.dtype, x.device) for size in (first, block // first))
-    return (outer @ x.unflatten(-1, (-1, first, block // first)) @ inner).flatten(-3)
+
+    def __init__(self, width: int) -> None:
+        block = block_of(width)
+        first = 1 << (block.bit_length() - 1) // 2
+        with torch.device("cpu"):  # transformers builds models on the meta device
+            self._outer, self._inner = _sylvester(first), _sylvester(block // first)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x H, (…, width), in the precision of x."""
+        blocks = x.unflatten(-1, (-1, len(self._outer), len(self._inner)))
+        return (self._outer.to(x) @ blocks @ self._inner.to(x)).flatten(-3)
 
 
-@cache
-def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sylvester(size: int) -> Tensor:
     matrix = hadamard(size)
     assert matrix is not None
-    return (matrix / math.sqrt(size)).to(device, dtype)
+    return matrix / math.sqrt(size)
 
 
-def _hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    x = inputs[0]
-    wide = torch.is_autocast_enabled(x.device.type)  # then what quantizes x wants it in float32
-    with torch.autocast(x.device.type, enabled=False):
-        result = transformed(x.float())
-    return (result if wide else result.to(x.dtype), *inputs[1:])
+class _Hook:
+    """A forward pre-hook that transforms a linear's inputs, in float32."""
+
+    def __init__(self, width: int) -> None:
+        self._transform = BlockHadamard(width)
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        wide = torch.is_autocast_enabled(x.device.type)  # then what quantizes x wants it in float32
+        with torch.autocast(x.device.type, enabled=False):
+            result = self._transform(x.float())
+        return (result if wide else result.to(x.dtype), *inputs[1:])
 
 
-def add_online_transform(linear: nn.Module) -> None:
+def add_online_transform(linear: nn.Linear) -> None:
     """Have every input of `linear` transformed, before anything else sees it."""
-    linear.register_forward_pre_hook(_hook, prepend=True)
+    linear.register_forward_pre_hook(_Hook(linear.in_features), prepend=True)
 
 
 def transform_config(linears: Sequence[str], width: int) -> TransformConfig:
@@ -81,4 +92,4 @@ def add_online_transforms(model: nn.Module, config: TransformConfig | None) -> N
         for args in scheme.apply:
             if args.is_online():
                 for _, linear in match_named_modules(model, args.targets, args.ignore):
-                    add_online_transform(linear)
+                    add_online_transform(linear)  # type: ignore[arg-type]
