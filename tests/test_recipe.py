@@ -56,8 +56,10 @@ def test_presets_are_the_published_methods() -> None:
     assert (omniquant.learns, omniquant.init, omniquant.loss) == (True, "smoothquant", "mse")
     assert (lrquant.learns, lrquant.init, lrquant.loss) == (True, "log", "mse+nlc")
     # The papers' settings: 20 epochs over 128 samples, one at a time, and their learning rates.
-    assert (lrquant.epochs, lrquant.nsamples, lrquant.batch_size) == (20, 128, 1)
-    assert learning_rates(lrquant, steps=20 * 128) == (5e-3, 1e-2)
+    exact = Recipe.preset("lrquant", paper_exact=True)
+    assert (exact.epochs, exact.nsamples, exact.batch_size, exact.schedule) == (20, 128, 1, "constant")
+    assert learning_rates(exact, steps=20 * 128) == learning_rates(lrquant, steps=20 * 128) == (5e-3, 1e-2)
+    assert lrquant.epochs * lrquant.nsamples <= exact.epochs * exact.nsamples / 3  # with rates that follow a cosine
     assert not Recipe.preset("omniquant", abits=16).let  # weight-only: clipping alone
     assert Recipe.preset("omniquant", abits=16, let=True).let
 

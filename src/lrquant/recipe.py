@@ -75,8 +75,8 @@ class Recipe(BaseModel):
         "nearest",
         description="Weights to the nearest integer, by an offset learned for each weight, by compensation (GPTQ)",
     )
-    epochs: int = Field(20, ge=0, le=10_000, description="Passes over the calibration samples per block")
-    batch_size: int = Field(1, ge=1, description="Samples per step")
+    epochs: int = Field(6, ge=0, le=10_000, description="Passes over the calibration samples per block")
+    batch_size: int = Field(4, ge=1, description="Samples per step")
     let_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of smoothing; none: by the steps")
     lwc_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of clipping; none: by the steps")
     rounding_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of rounding; none: by the steps")
@@ -284,6 +284,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamic_loss": True,
         "rotation": True,
         "rounding": "learned",
+        "epochs": 12,
+        "batch_size": 8,
         "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
     },
 }

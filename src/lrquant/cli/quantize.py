@@ -141,8 +141,10 @@ def quantize(
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's most")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the samples per block.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the samples per block.", show_default="6; lrquant-max: 12")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="4; lrquant-max: 8")] = None,
     lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
     let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
     let_lr: Annotated[
