@@ -1,13 +1,21 @@
 """The benchmark scripts run from end to end and print their tables, at sizes that take seconds."""
 
 import importlib
+import inspect
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+import typer
+from safetensors.torch import save_file
 
+from lrquant import Recipe
+from lrquant.errors import LrquantError
+from lrquant.evaluation import perplexity
 from tests.tiny import write_tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -94,3 +102,99 @@ def test_adaptation(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         "… blocks adapted: last, neutral start",
         "W4A4, calibrated on zoo:pydoc's train part",
     ]
+
+
+def peers_line(method: str, seed: int, found: tuple[float, float], **more: Any) -> dict[str, Any]:
+    perplexities = dict(zip(("zoo:pydoc", "zoo:pycode"), found, strict=True))
+    measured = {"seconds": 2.0, "peak_bytes": 7e8, "bytes": 1_500_000} | more
+    return {"row": "W4A16", "method": method, "seed": seed, "perplexity": perplexities} | measured
+
+
+def test_peers_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = script("peers_table", monkeypatch)
+    lines = [
+        peers_line("full precision", 0, (20.0, 8.0)) | {"row": ""},
+        peers_line("rtn", 0, (21.0, 9.0)),
+        peers_line("rtn", 1, (23.0, 9.0)),
+        peers_line("llm-compressor/gptq", 0, (21.5, 9.5), bytes=None, unsaved="no such format"),
+        {"row": "W4A16", "method": "auto-round/best", "seed": 0, "missing": "out of memory"},
+        peers_line("lrquant", 0, (1.0, 1.0)) | {"row": "W2A16"},  # of another row
+    ]
+    names = ["rtn", "lrquant", "llm-compressor/gptq", "auto-round/best"]
+    printed = table.table(lines, "W4A16", names, ["zoo:pydoc", "zoo:pycode"])
+    assert rows(printed) == [
+        ["full precision", "20.000", "8.000", "", "", ""],
+        # Mean 22, and √((1² + 1²)/(2 − 1)) = 1.414.
+        ["rtn", "22.000 ± 1.414", "**9.000 ± 0.000**", "2", "700", "1.50"],
+        ["llm-compressor/gptq", "**21.500**", "9.500", "2", "700", "—"],
+        ["auto-round/best", "—", "—", "—", "—", "—"],
+    ]
+    assert "auto-round/best: out of memory." in printed
+    assert "no file format for this: no such format." in printed
+    assert "llm-compressor/gptq: 1 of 2 seeds." in printed
+
+
+def test_peers_rows_and_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, recipe_of = script("peers_table", monkeypatch), script("methods", monkeypatch).recipe_of
+    for numbers in table.ROWS.values():
+        for method in table.OURS if numbers.keys() <= Recipe.model_fields.keys() else ():
+            recipe = recipe_of(method, numbers, {"epochs": 1})
+            assert {key: getattr(recipe, key) for key in numbers} == numbers
+    assert {(BENCHMARKS / "peers" / name).is_file() for name, _ in table.PEERS.values()} == {True}
+    refused = [row for row in table.ROWS if table.impossible("llm-compressor/gptq", table.ROWS[row])]
+    assert refused == ["W4A4 qkv"]
+    asked = {"wbits": 3, "abits": 16, "group_size": 128}
+    assert table.fitted(asked, {256, 640})["group_size"] == 128
+    assert table.fitted(asked, {192, 96})["group_size"] == 96
+    assert table.fitted({"wbits": 3, "abits": 16}, {96}) == {"wbits": 3, "abits": 16}
+
+
+def test_peers_go_on_where_they_stopped(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peers, results = script("peers", monkeypatch), tmp_path / "peers.jsonl"
+
+    def no_environment(folder: Path) -> Path:
+        raise LrquantError(f"{folder.name}: no packages here")
+
+    monkeypatch.setattr(peers, "environment", no_environment)
+    settings: dict[str, Any] = {"model": tiny, "samples": 2, "seqlen": 32, "windows": 2, "seeds": 1, "epochs": 1}
+    settings |= {"json_file": results, "methods": "rtn llm-compressor/gptq", "env": tmp_path / "nowhere"}
+    settings["texts"] = "zoo:pydoc"
+    peers.main(rows="W4A16 g128", **settings)
+    first = capsys.readouterr()
+    full, ours, theirs = rows(first.out)
+    assert float(ours[1].strip("*")) != float(full[1])
+    assert theirs[0] == "llm-compressor/gptq"
+    assert "llm-compressor/gptq: nowhere: no packages here." in first.out
+    assert [line["numbers"]["group_size"] for line in map(json.loads, results.read_text().splitlines()[1:])] == [64, 64]
+
+    written = results.read_text()
+    results.write_text(written + written.splitlines()[-1][:40])  # an interruption in the middle of a line
+    peers.main(rows="W4A16 g128", **settings)
+    second = capsys.readouterr()
+    redone = [line.split(": ")[0] for line in second.err.splitlines() if "seed 0" in line]
+    assert redone == ["1/1 seed 0 W4A16 g128, llm-compressor/gptq"]
+    assert second.out == first.out
+    peers.main(rows="W4A4 qkv", **settings | {"methods": "llm-compressor/gptq"})
+    assert "llm-compressor leaves queries, keys and values in floating point." in capsys.readouterr().out
+    peers.main(rows="W4A16 g128", show=True, **settings | {"model": "of no matter"})
+    assert capsys.readouterr().out == first.out
+    with pytest.raises(typer.BadParameter, match="other settings"):
+        peers.main(rows="W4A16 g128", **settings | {"samples": 3})
+
+
+def test_peers_measure_as_lrquant_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lrquant is not installed, the file on perplexity is read without the packages around it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    job = importlib.import_module("job")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lrquant"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(job.importlib.util, "find_spec", lambda name: None)
+    read = job.module_of(str(BENCHMARKS.parent / "src"), "evaluation.perplexity")
+    assert not hasattr(sys.modules["lrquant"], "__version__")  # the package's own file was not run
+    assert "lrquant.api" not in sys.modules
+    assert inspect.getsource(read.perplexity) == inspect.getsource(perplexity)
+
+    save_file({"scale": torch.zeros(3), "packed": torch.zeros(5, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    assert job.checkpoint_bytes(tmp_path) == 3 * 2 + 5 * 4
