@@ -56,13 +56,11 @@ SHAPES = {  # hidden, intermediate, heads, heads of keys and values
 }
 
 
-def plain_activation(x: Tensor, args: Any, out_dtype: torch.dtype | None = None) -> Tensor:
+def plain_activation(x: Tensor, args: Any, *_: Any) -> Tensor:
     return reference.fake_quantize_weight(x, args.num_bits, args.symmetric, None, scale_dtype=x.dtype)
 
 
-def plain_weight(
-    weight: Tensor, grid: Grid, factors: Factors, scale_dtype: torch.dtype, *dtypes: torch.dtype
-) -> Tensor:
+def plain_weight(weight: Tensor, grid: Grid, factors: Factors, scale_dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
     return reference.fake_quantize_weight(
         weight, grid.bits, grid.symmetric, grid.group_size, *factors, scale_dtype=scale_dtype
     )
@@ -73,7 +71,7 @@ def plain() -> Iterator[None]:
     """Within, the engine computes as plainly as can be."""
     with (
         patch.object(activations, "fake_quantize", plain_activation),
-        patch.object(activations._Latest, "quantized", lambda self, x, args: plain_activation(x, args)),
+        patch.object(activations._Latest, "quantized", lambda self, x, args, *_: plain_activation(x, args)),
         patch.object(parameters, "fake_quantize_weight", plain_weight),
     ):
         yield

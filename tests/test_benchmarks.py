@@ -45,7 +45,9 @@ def test_block_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         found = rows(capsys.readouterr().out)
         assert [row[0] for row in found] == ["plain", "eager, float32", "eager, bfloat16"]
         assert found[0][2] == "1.0"
-        assert all(float(row[1]) > 0 and float(row[5]) >= 0 and float(row[6]) > 0 for row in found)
+        assert all(
+            float(row[1]) > 0 and float(row[5]) >= 0 and float(row[6]) >= 0 and float(row[7]) > 0 for row in found
+        )
 
 
 def test_the_plain_block_computes_what_the_engine_does(
