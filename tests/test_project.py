@@ -14,6 +14,7 @@ SOURCES = sorted((ROOT / "src" / "lrquant").rglob("*.py"))
 # A room imports only from rooms to its left (and from its own).
 ROOMS = [
     ["errors", "watching", "hub", "memory"],
+    ["distributed"],
     ["formats", "losses"],
     ["recipe"],
     ["transforms", "scarcity"],

@@ -1,11 +1,12 @@
 """The verbs: `quantize` and `evaluate`."""
 
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from lrquant.architectures import Family, MultimodalFamily, family_of
 from lrquant.calibration.samples import samples_of
 from lrquant.calibration.text import evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, load
-from lrquant.checkpoints.identity import folder_digest, identity_of, module_digest
+from lrquant.checkpoints.identity import difference, folder_digest, identity_of, module_digest
 from lrquant.checkpoints.journal import DiskJournal
 from lrquant.checkpoints.packing import check_layout, outside_tensors
-from lrquant.checkpoints.rundir import RunDirectory, run_directory
+from lrquant.checkpoints.rundir import RunDirectory, run_directory, run_folder
 from lrquant.checkpoints.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
 from lrquant.checkpoints.shards import tensor_bytes
+from lrquant.distributed import Ranks, check_batch, join, local_world
 from lrquant.errors import UsageError
 from lrquant.evaluation import Perplexity, perplexity
 from lrquant.formats.activations import install
@@ -41,6 +43,7 @@ from lrquant.models import (
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
 from lrquant.reconstruction.engine import flat_inputs_within
+from lrquant.reconstruction.journal import Journal, SharedJournal
 from lrquant.reconstruction.learning import Learnables
 from lrquant.reconstruction.preparation import linear_input_args
 from lrquant.reconstruction.residence import Residence
@@ -115,19 +118,25 @@ def quantize(
     Raises:
         UsageError, LrquantError: one line each. `save_dir` appears whole or not at all; finished blocks are kept
             in a hidden folder beside it until it does.
+
+    Under `torchrun` every rank makes the same call and they share the work (`lrquant.distributed`); the first writes.
     """
     began = time.perf_counter()
     memory = PeakMemory()
     recipe = Recipe.preset(recipe) if isinstance(recipe, str) else recipe
     if isinstance(calibration, str):
         recipe = recipe.changed(calibration=calibration)
-    with run_directory(save_dir, restart) if save_dir is not None else nullcontext() as run:
-        on = pick_device(device)
+    on = pick_device(device)
+    ranks = join(on)
+    count = recipe.nsamples if calibration is None or isinstance(calibration, str) else len(calibration)
+    check_batch(recipe.batch_size, count, ranks, recipe.learns)
+    saving = save_dir is not None
+    with run_directory(save_dir, restart) if save_dir is not None and ranks.first else nullcontext() as run:
         dtype = compute_dtype(recipe.dtype, on)
         if isinstance(model_or_path, str | Path):
             base = str(model_or_path)
             streamed = None
-            if run is not None and not keep_model and not recipe.also:
+            if saving and not keep_model and not recipe.also:
                 streamed = open_streamed(base, dtype, recipe.towers, trust_remote_code)
             model = streamed[0] if streamed is not None else load_model(base, dtype, trust_remote_code)
             tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
@@ -149,18 +158,25 @@ def quantize(
         else:
             samples = [{"input_ids": row, "use_cache": False} for row in calibration]
             recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
-        keep = run is None or bool(keep_model)
+        keep = not saving or bool(keep_model)
         residence = streamed[1] if streamed is not None else Residence(model, keep)
-        journal = None
-        if run is not None:
+        journal: Journal = Journal()
+        files = Path(tempfile.gettempdir())
+        if save_dir is not None:
             folder = fetched_folder(str(model_or_path)) if isinstance(model_or_path, str | Path) else None
             digest = module_digest(model) if folder is None else folder_digest(folder, weight_files(folder))
             given = {"given statistics": statistics, "given learned parameters": start_from}
-            run.claim(identity_of(recipe, digest, samples, (dtype, storage_dtype), given))
-            journal = DiskJournal(run.folder, recipe.stored_scheme, storage_dtype)
-        files = run.folder if run is not None else Path(tempfile.gettempdir())
-        observer = Observer() if report else None
-        store = ActivationStore(activations, on, files, len(samples), 2 + recipe.two_branch)
+            identity = identity_of(recipe, digest, samples, (dtype, storage_dtype), given)
+            check_agreed(identity, ranks)
+            if run is not None:
+                run.claim(identity)
+                journal = DiskJournal(run.folder, recipe.stored_scheme, storage_dtype)
+            if run_folder(Path(save_dir)).is_dir():
+                files = run_folder(Path(save_dir))
+        observer = Observer() if report and ranks.first else None
+        watchers = (watcher, observer) if ranks.first else ()
+        streams = 2 + recipe.two_branch
+        store = ActivationStore(activations, on, files, len(ranks.share(samples)), streams, local_world())
         asked: Recipe = recipe
         with advised(lambda: knobs(asked, store.where, dtype)):
             result = reconstruct(
@@ -170,23 +186,27 @@ def quantize(
                 samples,
                 on,
                 storage_dtype,
-                Watchers(*(each for each in (watcher, observer) if each)),
+                Watchers(*(each for each in watchers if each)),
                 statistics,
                 start_from,
-                journal=journal,
+                journal=journal if ranks.alone or not saving else SharedJournal(journal, ranks),
                 residence=residence,
                 store=store,
+                ranks=ranks,
             )
         recipe = result.recipe
         if keep:
             _keep_activations_quantized(model, recipe, result)
-        if run is None or journal is None:
+        if not saving:
             sizes = sizes_in_memory(model, result, recipe.stored_scheme, storage_dtype)
         else:
-            sizes = _saved(run, journal, residence, tokenizer, result, recipe, storage_dtype, base)
+            written: dict[str, Any] = {}
+            if run is not None and isinstance(journal, DiskJournal):
+                written = asdict(_saved(run, journal, residence, tokenizer, result, recipe, storage_dtype, base))
+            sizes = Sizes(**json.loads(ranks.text(json.dumps(written))))
         notes = _notes(family, recipe, result)
-        notes += journal.damaged if journal is not None else []
-    target = run.target if run is not None else None
+        notes += journal.damaged if isinstance(journal, DiskJournal) else []
+    target = Path(save_dir) if save_dir is not None else None
     quantized = Quantized(
         (lambda: model) if keep else (lambda: load(str(target), dtype, trust_remote_code)),
         tokenizer,
@@ -201,6 +221,14 @@ def quantize(
     if observer is not None and target is not None:
         report_quantized(quantized, observer, base, f"lrquant.quantize({base!r}, …)", on)
     return quantized
+
+
+def check_agreed(identity: dict[str, str], ranks: Ranks) -> None:
+    """Raise on a rank that was given something else than the first one."""
+    theirs = json.loads(ranks.text(json.dumps(identity)))
+    changed = difference(theirs, identity)
+    if changed:
+        raise UsageError(f"rank {ranks.rank} was not given what the first rank was: {changed}")
 
 
 def _saved(
@@ -246,9 +274,11 @@ def evaluate(
     """Perplexity of a model on each of `texts`, keyed by the set's or the file's name.
 
     `told(windows just done, windows of this text)` hears of progress. A quantized checkpoint of lrquant's is evaluated
-    with everything quantized, attention inputs included.
+    with everything quantized, attention inputs included. Under `torchrun` every rank makes the same call and takes its
+    share of the windows; all get the values.
     """
     on = pick_device(device)
+    ranks = join(on)
     if isinstance(model_or_path, str | Path):
         model = load(str(model_or_path), compute_dtype(dtype, on), trust_remote_code)
         tokenizer = tokenizer or load_processor(str(model_or_path), modality_of(model), trust_remote_code)
@@ -264,7 +294,10 @@ def evaluate(
     home = next(model.parameters()).device
     model.to(on)
     try:
-        return {name: perplexity(model, tokens, seqlen, limit_windows, told=told) for name, tokens in ids.items()}
+        return {
+            name: perplexity(model, tokens, seqlen, limit_windows, told=told, ranks=ranks)
+            for name, tokens in ids.items()
+        }
     finally:
         model.to(home)
 

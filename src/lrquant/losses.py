@@ -21,8 +21,17 @@ def nlc(output: Tensor, target: Tensor) -> Tensor:
     The cosine runs along the hidden dimension. Norms below 1e-8 count as 1e-8, so that a token whose
     output is zero has cosine 0 and no undefined gradient; the mean is kept at or above 1e-8 likewise.
     """
-    cosine = torch.nn.functional.cosine_similarity(_wide(output), _wide(target), dim=-1, eps=EPSILON)
-    return -cosine.mean().abs().clamp_min(EPSILON).log()
+    return nlc_of(mean_cosine(output, target))
+
+
+def mean_cosine(output: Tensor, target: Tensor) -> Tensor:
+    """mean over tokens of cos(y_q, y_fp), along the hidden dimension."""
+    return torch.nn.functional.cosine_similarity(_wide(output), _wide(target), dim=-1, eps=EPSILON).mean()
+
+
+def nlc_of(cosine: Tensor) -> Tensor:
+    """NLC of a mean cosine."""
+    return -cosine.abs().clamp_min(EPSILON).log()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lrquant import distributed
 from lrquant.errors import LrquantError, UsageError
 from lrquant.modality import Modality, auto_model
 from lrquant.untrusted import check_folder
@@ -59,13 +60,23 @@ def compute_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def pick_device(choice: str) -> torch.device:
-    """`auto` takes the accelerator when there is one.
+    """`auto` takes the accelerator when there is one; of several processes on a machine each takes its own GPU.
 
     Raises:
         UsageError: no such device here.
     """
+    found = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if choice in ("auto", "cuda") and found.type == "cuda" and distributed.launched():
+        mine = distributed.local_rank()
+        if mine >= torch.cuda.device_count():
+            raise UsageError(
+                f"{torch.cuda.device_count()} GPUs for {distributed.local_world()} processes on this machine: "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(mine)
+        return torch.device("cuda", mine)
     if choice == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return found
     try:
         device = torch.device(choice)
         torch.empty(0, device=device)
@@ -132,7 +143,8 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
 
     path = resolve_model(name)
     try:
-        with redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars cannot be turned off
+        # compressed-tensors' progress bars cannot be turned off
+        with distributed.apart(), redirect_stderr(io.StringIO()):
             return auto.from_pretrained(path, **options)
     except SafetensorError as error:
         raise LrquantError(f"{name}: a weight file is damaged ({_first_line(error)}); fetch it again") from error

@@ -6,6 +6,7 @@ embeddings and whatever else its family passes along, per block (Gemma's local a
 and the pass costs an embedding. Nothing here knows any family.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,20 @@ class BlockInputs:
         """Whether samples may be batched: all have one shape, and the same arguments, which can be expanded."""
         one_shape = len({hidden.shape for hidden in self.hidden}) == 1 and self.hidden[0].ndim == 3
         return one_shape and all(len(given) == 1 and _expandable(given[0]) for given in self.arguments)
+
+    def fingerprint(self) -> str:
+        """Equal on two ranks whose samples could be batched together, if each rank's own can."""
+        digest = hashlib.sha256(repr((tuple(self.hidden[0].shape), self.hidden[0].dtype)).encode())
+        tensors: list[Tensor] = []
+        for given in self.arguments:
+            _map_tensors(given[0], tensors.append)
+        seen: set[int] = set()
+        for tensor in tensors:
+            if id(tensor) not in seen:  # blocks mostly share them
+                seen.add(id(tensor))
+                digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def arguments_of(self, block: int, sample: int, batch: int, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of `block` for a batch of `batch` samples that starts with `sample`."""

@@ -25,7 +25,6 @@ from lrquant.checkpoints.durable import checksum, write_tensors
 from lrquant.checkpoints.identity import digest_of
 from lrquant.checkpoints.manifest import BlockEntry, read_entry, write_entry
 from lrquant.checkpoints.packing import (
-    INPUT_SCALE,
     buffers_of,
     needs_whole_weights,
     pack_block,
@@ -36,7 +35,8 @@ from lrquant.errors import LrquantError
 from lrquant.formats import Scheme
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.parameters import FrozenBlock
-from lrquant.transforms.statistics import ChannelStatistics
+
+_KINDS = ("learned:", "scale:", "absmax:", "midpoint:")  # of a finished block's tensors
 
 
 class DiskJournal(Journal):
@@ -92,28 +92,14 @@ class DiskJournal(Journal):
 
     def summary(self, place: int) -> FinishedBlock:
         entry = self._entries[place]
-        statistics: dict[str, ChannelStatistics] = {}
-        for kind in ("absmax", "midpoint"):
-            for linear, tensor in self._read(place, f"{kind}:"):
-                setattr(statistics.setdefault(linear, ChannelStatistics()), kind, tensor)
-        learned = dict(self._read(place, "learned:"))
-        scales = {
-            name.removesuffix(INPUT_SCALE): tensor
-            for name, tensor in self._read(place, "packed:")
-            if name.endswith(INPUT_SCALE)
-        }
-        flat, biases = tuple(entry.flat_inputs), tuple(entry.added_biases)
-        return FinishedBlock(learned, statistics, entry.record, flat, biases, scales)
+        tensors = {kind + name: tensor for kind in _KINDS for name, tensor in self._read(place, kind)}
+        return FinishedBlock.of(tensors, entry.record, entry.flat_inputs, entry.added_biases)
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
         packed = pack_block(frozen, self._scheme, self._storage_dtype, needs_whole_weights(block, ""))
         tensors = {f"packed:{name}": tensor for name, tensor in packed.items()}
         tensors |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
-        tensors |= {f"learned:{name}": tensor for name, tensor in finished.learnables.items()}
-        for linear, seen in finished.statistics.items():
-            for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint)):
-                if tensor is not None:
-                    tensors[f"{kind}:{linear}"] = tensor
+        tensors |= finished.tensors()
         file = self._file(place, "safetensors")
         write_tensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         weights, bits = quantized_size(frozen.weights, packed)

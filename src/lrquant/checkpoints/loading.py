@@ -11,6 +11,7 @@ from torch import nn
 
 from lrquant.architectures import family_of
 from lrquant.checkpoints.saving import RECIPE_FILE
+from lrquant.distributed import apart
 from lrquant.formats.activations import install, route_attention
 from lrquant.models import load_model, resolve_model
 from lrquant.recipe import Recipe
@@ -51,7 +52,7 @@ def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code:
     model = load_model(path, dtype, trust_remote_code)  # type: ignore[arg-type]
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None and hasattr(model, "ct_decompress_hook"):
-        with redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+        with apart(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
             compressor.decompress_model(model)
         _in_one_dtype(model)
     recipe = saved_recipe(path)

@@ -6,6 +6,7 @@ Colour and moving bars are rich's decision: none without a terminal, no colour u
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,17 @@ log.propagate = False
 log.addHandler(logging.NullHandler())
 
 
+def ranks() -> tuple[int, int]:
+    """(this process's number, how many there are) of those that torchrun started for one run; else (0, 1)."""
+    world = int(os.environ.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in os.environ else 1
+    return (int(os.environ.get("RANK", "0")), world) if world > 1 else (0, 1)
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes: the first rank does."""
+    return ranks()[0] == 0
+
+
 @contextmanager
 def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
     """Within, progress and notes are left out when `quiet`, and every line goes to the end of `log_file` too.
@@ -38,7 +50,8 @@ def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
         UsageError: the file cannot be written.
     """
     before, log.level = (progress.quiet, log.level), logging.INFO
-    progress.quiet = quiet
+    progress.quiet, out.quiet = quiet or not speaks(), not speaks()
+    log_file = log_file if speaks() else None
     handler: logging.Handler = logging.NullHandler()
     if log_file is not None:
         try:
@@ -56,6 +69,7 @@ def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
         log.removeHandler(handler)
         handler.close()
         progress.quiet, log.level = before
+        out.quiet = False
 
 
 class _Progress:
@@ -79,7 +93,10 @@ progress = _Progress()
 
 
 def error(line: str) -> None:
+    rank, world = ranks()
     err.print("[bold red]Error:[/] ", end="")
+    if world > 1:
+        line = f"rank {rank}: {line}"
     err.print(" ".join(line.split()), markup=False, soft_wrap=True)
 
 
@@ -121,7 +138,7 @@ def check_json_path(path: Path | None) -> None:
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Write figures to `path`, whole or not at all."""
-    if path is None:
+    if path is None or not speaks():
         return
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(values, indent=1) + "\n")

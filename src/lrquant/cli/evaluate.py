@@ -44,7 +44,8 @@ def evaluate(
         )
     console.check_json_path(json)
     figures: dict[str, Any] = {"model": model}
-    if images or vqa:
+    first = console.speaks()
+    if (images or vqa) and first:
         from lrquant.cli.seeing import measure_vision
 
         how = {"device": device, "dtype": dtype.value, "trust_remote_code": trust_remote_code}
@@ -56,6 +57,7 @@ def evaluate(
     from lrquant.api import evaluate as measure
     from lrquant.checkpoints import load
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
+    from lrquant.distributed import leave
     from lrquant.modality import modality_of
     from lrquant.models import compute_dtype, load_processor, pick_device
 
@@ -67,6 +69,9 @@ def evaluate(
     if ppl:
         with console.counting("Measuring perplexity") as told:
             measured = measure(loaded, ppl, seqlen, limit_windows, tokenizer, device, told=told)
+    leave()
+    if not first:
+        return
     by_task = measure_tasks(loaded, tokenizer, wanted, num_fewshot, limit, device)
     seconds = time.perf_counter() - began
     if measured:

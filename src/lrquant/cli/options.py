@@ -9,6 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from lrquant.cli import console
+from lrquant.errors import UsageError
+
+COLLECTIVE = ("quantize", "evaluate")  # what several processes do together
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress.")]
 LogFile = Annotated[
@@ -23,6 +26,10 @@ def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
         quiet, log_file = (given.pop(name) for name in extra)
+        if console.ranks()[1] > 1 and command.__name__ not in COLLECTIVE:
+            raise UsageError(
+                f"{command.__name__} works in one process: torchrun is for lrquant quantize and lrquant eval"
+            )
         with console.output(quiet, log_file):
             command(**given)
 

@@ -155,7 +155,7 @@ def quantize(
     from lrquant.api import quantize as quantize_model
     from lrquant.checkpoints import load_learned, save_learned
     from lrquant.cli.adapt import perplexity_after_adaptation
-    from lrquant.cli.quantize import figures, show
+    from lrquant.cli.results import figures, show
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
 
     if more and not eval_ppl_data:

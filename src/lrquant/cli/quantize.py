@@ -10,12 +10,11 @@ from lrquant.cli import console
 from lrquant.cli.completion import calibration_names, format_names, method_names, model_names
 from lrquant.cli.hub import check_can_push, push
 from lrquant.cli.reporting import command_line, metrics_of
+from lrquant.cli.results import figures, show
 from lrquant.cli.tracking import Tracker, tracking
 from lrquant.errors import UsageError
 
 if TYPE_CHECKING:
-    from lrquant.api import Quantized
-    from lrquant.evaluation import Perplexity
     from lrquant.recipe import Recipe
 
 
@@ -294,14 +293,17 @@ def quantize(
     from lrquant.checkpoints import load_statistics, save_statistics_file
     from lrquant.cli.adapt import perplexity_after_adaptation
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
+    from lrquant.distributed import leave
     from lrquant.report.observer import Observer
     from lrquant.watching import Watchers
 
     wanted = split_tasks(tasks)
     given = load_statistics(statistics) if statistics else None
-    observer = Observer() if report else None
+    first = console.speaks()
+    observer = Observer() if report and first else None
     title = f"{chosen.method} {chosen.format_name}"
-    with console.watching(title) as progress, tracking(log_to or (), save_dir.name, chosen.model_dump()) as trackers:
+    asked = (log_to or ()) if first else ()
+    with console.watching(title) as progress, tracking(asked, save_dir.name, chosen.model_dump()) as trackers:
         quantized = quantize(
             model,
             chosen,
@@ -313,7 +315,7 @@ def quantize(
             restart=restart,
             activations=activations.value,
         )
-        if save_statistics:
+        if save_statistics and first:
             save_statistics_file(save_statistics, quantized.result.statistics)
         measured, original = {}, {}
         if eval_ppl:
@@ -324,6 +326,9 @@ def quantize(
                     quantized.model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how
                 )
                 original = evaluate(model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how)
+        leave()
+        if not first:
+            return
         adapted = {}
         if tta:
             texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
@@ -359,66 +364,3 @@ def _recipe(
     if method is not None or paper_exact:
         raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
     return Recipe.from_yaml(file).changed(**with_format(format, changes))
-
-
-def show(
-    quantized: "Quantized",
-    measured: dict[str, "Perplexity"],
-    adapted: dict[str, "Perplexity"],
-    original: dict[str, "Perplexity"] | None = None,
-    page: Path | None = None,
-) -> None:
-    """What a person wants to know of a finished run."""
-    sizes = quantized.sizes
-    rows = [
-        ["saved to", str(quantized.saved_to)],
-        ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.ratio:.2f} times smaller than bf16"],
-        ["bits per quantized weight", f"{sizes.bits_per_weight:.3f}"],
-        ["time", f"{quantized.seconds:.1f} s"],
-        ["peak memory", console.megabytes(quantized.peak_memory_bytes)],
-    ]
-    for name, result in measured.items():
-        before = f", {original[name].value:.3f} before" if original else ""
-        rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
-    rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
-    if page:
-        rows.append(["what happened, in pictures", str(page)])
-    recipe = quantized.recipe
-    console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
-    for line in quantized.notes:
-        console.note(line)
-
-
-def figures(
-    quantized: "Quantized",
-    measured: dict[str, "Perplexity"],
-    adapted: dict[str, "Perplexity"],
-    original: dict[str, "Perplexity"] | None = None,
-) -> dict[str, Any]:
-    """Everything that `show` shows, and the blocks' records, for programs."""
-    import platform
-
-    import torch
-
-    from lrquant import __version__
-
-    sizes = quantized.sizes
-    return {
-        "method": quantized.recipe.method,
-        "format": quantized.recipe.format_name,
-        "saved_to": str(quantized.saved_to),
-        "seconds": quantized.seconds,
-        "peak_memory_bytes": quantized.peak_memory_bytes,
-        "checkpoint_bytes": sizes.checkpoint_bytes,
-        "bf16_bytes": sizes.bf16_bytes,
-        "ratio_to_bf16": sizes.ratio,
-        "bits_per_weight": sizes.bits_per_weight,
-        "perplexity": {name: result.value for name, result in measured.items()},
-        "original_perplexity": {name: result.value for name, result in (original or {}).items()},
-        "adapted_perplexity": {name: result.value for name, result in adapted.items()},
-        "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
-        "notes": quantized.notes,
-        "blocks": [record.as_dict() for record in quantized.records],
-        "recipe": quantized.recipe.model_dump(),
-        "versions": {"lrquant": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import UsageError
 
 
@@ -29,10 +30,11 @@ def perplexity(
     limit_windows: int | None = None,
     batch_tokens: int = 4096,
     told: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Perplexity:
     """Perplexity of `model` on `ids` cut into windows of `seqlen`; a last, shorter piece is left out.
 
-    With `limit_windows`, only so many windows from the beginning.
+    With `limit_windows`, only so many windows from the beginning. Each rank takes its share of them; all get the value.
 
     Raises:
         UsageError: the text is shorter than one window.
@@ -42,11 +44,14 @@ def perplexity(
         raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
     device = next(model.parameters()).device
     losses: list[float] = []
-    for batch in rows.split(max(1, batch_tokens // seqlen)):
+    mine = rows[ranks.rank :: ranks.world]
+    for batch in mine.split(max(1, batch_tokens // seqlen)) if len(mine) else ():
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (windows, seqlen − 1, vocabulary)
         each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
         losses += each.view(len(batch), -1).mean(1).tolist()
-        told(len(batch), len(rows))
+        told(len(batch), len(mine))
+    if not ranks.alone:
+        losses = ranks.in_order(torch.tensor(losses, dtype=torch.float64), len(rows)).tolist()
     mean = sum(losses) / len(losses)
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen, tuple(losses))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrquant.calibration.capture import BlockInputs
+from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import LrquantError
 from lrquant.formats import kernels
 from lrquant.formats.floats import scale_of_tensor
@@ -19,7 +20,7 @@ from lrquant.reconstruction.learning import Forward, Learnables
 from lrquant.reconstruction.parameters import BlockParameters, FrozenBlock, linear_names, quantized_parameters
 from lrquant.reconstruction.speed import matrix_products
 from lrquant.reconstruction.store import ActivationStore, Stream
-from lrquant.transforms.statistics import ChannelStatistics
+from lrquant.transforms.statistics import ChannelStatistics, extremes_of
 
 
 def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
@@ -29,13 +30,24 @@ def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
 
 @dataclass
 class BlockCalls:
-    """Calls of one block on the samples of a stream."""
+    """Calls of one block on the samples of a stream, which are this rank's own."""
 
     block: nn.Module
     index: int
     inputs: BlockInputs
     device: torch.device
-    batch: int
+    batch: int  # samples of a step, over all ranks
+    ranks: Ranks = ALONE
+
+    @property
+    def at_once(self) -> int:
+        """Samples of one forward pass."""
+        return -(-self.batch // self.ranks.world)
+
+    @property
+    def samples(self) -> int:
+        """Of all ranks."""
+        return int(self.ranks.sum(torch.tensor(len(self.inputs.hidden))))
 
     def _call(
         self,
@@ -60,8 +72,8 @@ class BlockCalls:
 
     def _batches(self) -> Iterator[list[int]]:
         everything = range(len(self.inputs.hidden))
-        for start in range(0, len(everything), self.batch):
-            yield list(everything[start : start + self.batch])
+        for start in range(0, len(everything), self.at_once):
+            yield list(everything[start : start + self.at_once])
 
     @torch.no_grad()
     def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
@@ -77,6 +89,7 @@ class BlockCalls:
         """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
         statistics: dict[str, ChannelStatistics] = {}
         flat: set[str] = set()
+        extremes: dict[str, list[Tensor]] = {}  # of each linear, per sample of this rank: (samples, 2, in_features)
         rows = [0]
 
         def watch(name: str) -> Any:
@@ -84,7 +97,11 @@ class BlockCalls:
                 x = inputs[0]
                 if x.ndim == 2:
                     flat.add(name)
-                statistics.setdefault(name, ChannelStatistics()).update(x.reshape(rows[0], -1, x.shape[-1]))
+                low, high = extremes_of(x.reshape(rows[0], -1, x.shape[-1]))
+                if self.ranks.alone:
+                    statistics.setdefault(name, ChannelStatistics()).add(low, high)
+                else:
+                    extremes.setdefault(name, []).append(torch.stack([low, high], 1))
 
             return hook
 
@@ -107,6 +124,10 @@ class BlockCalls:
         finally:
             for handle in handles:
                 handle.remove()
+        for name in sorted(extremes):  # an average over samples in their order wants all of them
+            everything = self.ranks.in_order(torch.cat(extremes[name]), self.samples)
+            statistics[name] = ChannelStatistics()
+            statistics[name].add(everything[:, 0], everything[:, 1])
         return statistics, flat
 
     @torch.no_grad()
@@ -132,7 +153,7 @@ class BlockCalls:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: scale_of_tensor(found).cpu() for name, found in most.items()}
+        return {name: scale_of_tensor(self.ranks.most(found)).cpu() for name, found in most.items()}
 
     @torch.no_grad()
     def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
@@ -145,7 +166,10 @@ class BlockCalls:
                 stream[sample] = output
                 target = targets[sample].to(output.device)
                 total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
-        return total / len(stream)
+        if self.ranks.alone:
+            return total / len(stream)
+        total, samples = self.ranks.sum(torch.tensor([total, len(stream)], dtype=torch.float64)).tolist()
+        return total / samples
 
     @torch.no_grad()
     def second_moments(self, stream: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +206,9 @@ class BlockCalls:
         finally:
             for handle in handles:
                 handle.remove()
-        return moments
+        distinct = {id(tensor): tensor for tensor in moments.values()}
+        summed = {key: self.ranks.sum(tensor) for key, tensor in distinct.items()}
+        return {name: summed[id(tensor)] for name, tensor in moments.items()}
 
     def forward_function(
         self,
@@ -197,7 +223,7 @@ class BlockCalls:
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
         def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            if graph is not None and graph.works and torch.is_grad_enabled() and len(chosen) == self.batch:
+            if graph is not None and graph.works and torch.is_grad_enabled() and len(chosen) == self.at_once:
                 answer = graph(self.block, fixed, learnables, *self._given(stream, chosen))
                 if answer is not None:
                     return answer, self._wanted(targets, chosen)

@@ -15,6 +15,7 @@ by stage. What enters a later stage is found by running everything before it: on
 anything is changed, which starts x, and once with the earlier stages quantized, which starts x̂.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from lrquant.architectures import Family, MultimodalFamily, Stage
-from lrquant.calibration.capture import capture
+from lrquant.calibration.capture import BlockInputs, capture
+from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention, set_whole
@@ -120,14 +122,17 @@ def reconstruct(
     journal: Journal | None = None,
     residence: Residence | None = None,
     store: ActivationStore | None = None,
+    ranks: Ranks = ALONE,
 ) -> Reconstruction:
     """Quantize `model`'s blocks in place. `samples` are keyword arguments of single-sample calls.
 
     `start_from` holds learnables of an earlier run, one mapping per block, to start from. With `present`, only
     some blocks are learned again: the others run as they are there, and leave no entry in the result's lists.
     `journal` knows of blocks that an earlier run finished, `residence` where blocks come from, `store` where the
-    streams live; left out, nothing is remembered and everything is in host memory.
+    streams live; left out, nothing is remembered and everything is in host memory. Every one of `ranks` is given all
+    samples and works on its own; all come to the same blocks.
     """
+    everything, samples = samples, ranks.share(samples)
     journal, residence = journal or Journal(), residence or Residence(model)
     if store is None:
         folder = Path(tempfile.gettempdir())
@@ -148,7 +153,8 @@ def reconstruct(
     residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
     blocks = [model.get_submodule(path) for path in paths]
-    recipe = result.recipe = settle(recipe, device, blocks, len(samples), inputs_of[0].hidden[0].shape[-2])
+    recipe = settle(recipe, device, blocks, len(everything), inputs_of[0].hidden[0].shape[-2])
+    recipe = result.recipe = Recipe.parse(json.loads(ranks.text(json.dumps(recipe.model_dump(mode="json")))))
     graphs = Graphs(recipe, device)
     watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
@@ -166,11 +172,11 @@ def reconstruct(
                 quantized_stream = _behind_quantized(
                     model, result, recipe, attention_args, stage, samples, place, store
                 )
-            batch = recipe.batch_size if inputs.shared() else 1
+            batch = recipe.batch_size if _shared(inputs, ranks) else 1
         began = time.perf_counter()
         with _held(residence, path, device) as block:
             check_finite(block, path)
-            run = BlockCalls(block, index, inputs, device, batch)
+            run = BlockCalls(block, index, inputs, device, batch, ranks)
             view = BlockView(place, path, block, run.call_one, target_stream, quantized_stream)
             watcher.block_begins(view)
             restored = journal.restore(place, block) if journal.finished(place) else None
@@ -221,7 +227,7 @@ def reconstruct(
                 learned = solve(run, fixed, start, quantized_stream, targets, recipe, graphs, place, watcher.epoch_done)
                 if present is not None:
                     now = run.fixed_function(present.blocks[place], quantized_stream, targets)
-                    learned = or_present(learned, now, len(samples), batch, recipe)
+                    learned = or_present(learned, now, len(everything), batch, recipe, ranks)
                 frozen = freeze(fixed, learned.learnables)
                 if scheme.has_static_inputs:
                     frozen = replace(frozen, input_scales=run.input_scales(quantized_stream, frozen))
@@ -263,7 +269,7 @@ def reconstruct(
                 if not journal.keeps_frozen:
                     result.frozen.append(frozen_on_cpu(frozen))
         watcher.block_done(record)
-    result.outside = round_outside(model, recipe, samples[0], storage_dtype)
+    result.outside = round_outside(model, recipe, everything[0], storage_dtype)
     return result
 
 
@@ -304,6 +310,14 @@ def _behind_quantized(
             inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat)
             quantized.enter_context(quantized_activations(block, inputs, attention_args))
         return capture(model, stage.blocks(model), samples, store.stream).hidden
+
+
+def _shared(inputs: BlockInputs, ranks: Ranks) -> bool:
+    """Whether all ranks' samples may be batched together."""
+    if ranks.alone:
+        return inputs.shared()
+    mine = inputs.fingerprint()
+    return ranks.all(inputs.shared() and ranks.text(mine) == mine)
 
 
 def flat_inputs_within(result: Reconstruction, path: str) -> set[str]:

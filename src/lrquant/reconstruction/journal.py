@@ -5,11 +5,13 @@ with the parameters that the journal gives, which costs two forward passes and l
 would have. The journal here remembers nothing; the one on disk is `lrquant.checkpoints.journal`.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from lrquant.distributed import Ranks
 from lrquant.reconstruction.parameters import FrozenBlock
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.transforms.statistics import ChannelStatistics
@@ -25,6 +27,34 @@ class FinishedBlock:
     flat_inputs: tuple[str, ...]  # linears that see (tokens, width)
     added_biases: tuple[str, ...]  # modules that got a bias for a shift
     input_scales: dict[str, Tensor] = field(default_factory=dict)  # FrozenBlock.input_scales
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is a tensor, as `learned:NAME`, `scale:LINEAR`, `absmax:LINEAR` and `midpoint:LINEAR`."""
+        found = {f"learned:{name}": tensor for name, tensor in self.learnables.items()}
+        found |= {f"scale:{linear}": tensor for linear, tensor in self.input_scales.items()}
+        for linear, seen in self.statistics.items():
+            for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint)):
+                if tensor is not None:
+                    found[f"{kind}:{linear}"] = tensor
+        return found
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], record: BlockRecord, flat_inputs: Sequence[str], added_biases: Sequence[str]
+    ) -> "FinishedBlock":
+        """From `tensors()`; other names are left alone."""
+        learned: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
+        statistics: dict[str, ChannelStatistics] = {}
+        for name, tensor in tensors.items():
+            kind, _, of = name.partition(":")
+            if kind == "learned":
+                learned[of] = tensor
+            elif kind == "scale":
+                scales[of] = tensor
+            elif kind in ("absmax", "midpoint"):
+                setattr(statistics.setdefault(of, ChannelStatistics()), kind, tensor)
+        return cls(learned, statistics, record, tuple(flat_inputs), tuple(added_biases), scales)
 
 
 class Journal:
@@ -52,3 +82,39 @@ class Journal:
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
         """`block`, at `path` in the model, is learned and frozen."""
+
+
+class SharedJournal(Journal):
+    """The first rank's journal, heard by all: it alone reads and writes, and tells the others what it read."""
+
+    keeps_frozen = True
+
+    def __init__(self, own: Journal, ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks  # on the other ranks, a journal that remembers nothing
+
+    def open(self, blocks: int) -> None:
+        if self._ranks.first:
+            self._own.open(blocks)
+
+    def finished(self, place: int) -> bool:
+        return self._ranks.text(str(self._own.finished(place))) == "True"
+
+    def restore(self, place: int, block: nn.Module) -> tuple[FinishedBlock, Mapping[str, Tensor]] | None:
+        found = self._own.restore(place, block) if self._ranks.first else None
+        if self._ranks.text("kept" if found else "lost") == "lost":
+            return None
+        parameters = self._ranks.tensors(found[1] if found else {})
+        return self._told(found[0] if found else None), parameters
+
+    def summary(self, place: int) -> FinishedBlock:
+        return self._told(self._own.summary(place) if self._ranks.first else None)
+
+    def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
+        if self._ranks.first:
+            self._own.block_done(place, path, block, finished, frozen)
+
+    def _told(self, finished: FinishedBlock | None) -> FinishedBlock:
+        tensors = self._ranks.tensors(finished.tensors() if finished else {})
+        facts = [finished.record.as_dict(), finished.flat_inputs, finished.added_biases] if finished else []
+        record, flat_inputs, added_biases = json.loads(self._ranks.text(json.dumps(facts)))
+        return FinishedBlock.of(tensors, BlockRecord(**record), flat_inputs, added_biases)

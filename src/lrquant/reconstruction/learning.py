@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrquant.losses import RunningBalance, mse, nlc
+from lrquant.distributed import ALONE, Ranks
+from lrquant.losses import RunningBalance, mean_cosine, mse, nlc_of
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.records import Outcome
 from lrquant.transforms.smoothing import LEAST_SCALE
@@ -26,7 +27,7 @@ MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
 
 Learnables = dict[str, Tensor]
-# (learnables, sample indices) → (outputs, [targets…]); one target per branch
+# (learnables, indices of this rank's samples) → (outputs, [targets…]); one target per branch
 Forward = Callable[[Learnables, Sequence[int]], tuple[Tensor, list[Tensor]]]
 
 
@@ -43,21 +44,55 @@ class Learned:
     epochs_left: int = 0  # not needed: the loss had flattened
 
 
-def plain_loss(output: Tensor, targets: Sequence[Tensor], with_nlc: bool) -> tuple[Tensor, Tensor | None]:
-    """(Σ MSE, Σ NLC or None) over the branches' targets."""
-    squared = sum(mse(output, target) for target in targets)
-    direction = sum(nlc(output, target) for target in targets) if with_nlc else None
-    return squared, direction  # type: ignore[return-value]
+def plain_loss(
+    output: Tensor, targets: Sequence[Tensor], with_nlc: bool, ranks: Ranks = ALONE, share: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """(Σ MSE, Σ NLC or None) over the branches' targets, of a batch of which this rank holds `share`."""
+    means = [mse(output, target) for target in targets]
+    if with_nlc:
+        means += [mean_cosine(output, target) for target in targets]
+    return _terms(ranks.mean(torch.stack(means), share), with_nlc)
+
+
+def _terms(means: Tensor, with_nlc: bool) -> tuple[Tensor, Tensor | None]:
+    """From the batch's (MSEs, then mean cosines where they count): one of each per branch."""
+    squared, cosines = means.chunk(2) if with_nlc else (means, ())
+    return sum(squared), sum(map(nlc_of, cosines)) if with_nlc else None  # type: ignore[return-value]
+
+
+def batch_loss(
+    forward: Forward, learnables: Learnables, part: Sequence[int], recipe: Recipe, ranks: Ranks
+) -> tuple[Tensor, Tensor | None]:
+    """`plain_loss` over the samples `part`, the same on every rank; a rank may hold none of them."""
+    mine, with_nlc = ranks.own(part), recipe.loss == "mse+nlc"
+    if mine:
+        return plain_loss(*forward(learnables, mine), with_nlc, ranks, len(mine) / len(part))
+    nothing = torch.zeros((1 + recipe.two_branch) * (1 + with_nlc), device=ranks.device)
+    return _terms(ranks.mean(nothing, 0.0), with_nlc)
+
+
+def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
+    """An epoch's order of samples: a batch takes one of every residue class modulo `batch`, each class in random order.
+
+    So every batch is divided evenly over any number of ranks that divides `batch`, and the order does not depend on it.
+    """
+    classes = [
+        torch.arange(first, samples, batch)[torch.randperm(len(range(first, samples, batch)), generator=generator)]
+        for first in range(min(batch, samples))
+    ]
+    return [int(members[turn]) for turn in range(len(classes[0])) for members in classes if turn < len(members)]
 
 
 @torch.no_grad()
-def measure(forward: Forward, learnables: Learnables, samples: int, batch: int, with_nlc: bool) -> float:
+def measure(
+    forward: Forward, learnables: Learnables, samples: int, batch: int, recipe: Recipe, ranks: Ranks = ALONE
+) -> float:
     """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
     chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
     total = 0.0
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
-        squared, direction = plain_loss(*forward(learnables, part), with_nlc)
+        squared, direction = batch_loss(forward, learnables, part, recipe, ranks)
         total += float(squared if direction is None else squared + direction) * len(part)
     return total / len(chosen)
 
@@ -70,10 +105,13 @@ def learn(
     recipe: Recipe,
     seed: int,
     told: Callable[[int, float], None],
+    ranks: Ranks = ALONE,
 ) -> Learned:
-    """Minimise the recipe's loss over `samples` from `initial`; `told(epoch, loss)` hears of every epoch."""
-    with_nlc = recipe.loss == "mse+nlc"
-    before = measure(forward, initial, samples, batch, with_nlc)
+    """Minimise the recipe's loss over `samples` from `initial`; `told(epoch, loss)` hears of every epoch.
+
+    `samples` and `batch` count those of all ranks.
+    """
+    before = measure(forward, initial, samples, batch, recipe, ranks)
     if not recipe.learns or not initial:
         return Learned(initial, "initial", before, before, [], 0)
 
@@ -86,19 +124,22 @@ def learn(
     balance = RunningBalance() if recipe.dynamic_loss else None
     optimizer, schedule = _optimizer(current, recipe, samples, batch, 1.0)
     for epoch in range(recipe.epochs):
-        order = torch.randperm(samples, generator=generator).tolist()
+        order = shuffled(samples, batch, generator)
         total = torch.zeros((), device=device)
         for start in range(0, samples, batch):
             part = sorted(order[start : start + batch])
-            squared, direction = plain_loss(*forward(current, part), with_nlc)
+            squared, direction = batch_loss(forward, current, part, recipe, ranks)
             terms = [squared] if direction is None else [squared, direction]
             loss = balance(*terms) if balance else sum(terms)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            if loss.requires_grad:  # type: ignore[union-attr] # else this rank holds none of the batch
+                loss.backward()  # type: ignore[union-attr]
+            ranks.sum_gradients(list(current.values()))
             optimizer.step()
             schedule.step()
             _keep_within_bounds(current)
             total += sum(term.detach() for term in terms) * len(part)
+        ranks.follow([total, *current.values()])
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
         if bool(torch.isfinite(total)) and _are_finite(current):
             epoch_losses.append(float(total) / samples)
@@ -117,11 +158,11 @@ def learn(
         optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
 
     final = _copy(current)
-    after = measure(forward, final, samples, batch, with_nlc)
+    after = measure(forward, final, samples, batch, recipe, ranks)
     outcome: Outcome = "learned"
     if not after <= before:  # also when `after` is NaN
         final, outcome = best, "best epoch"
-        after = measure(forward, final, samples, batch, with_nlc)
+        after = measure(forward, final, samples, batch, recipe, ranks)
     if not after <= before:
         final, outcome, after = initial, "kept initial", before
     return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
@@ -151,9 +192,11 @@ def rounding_rate(recipe: Recipe, steps: int) -> float:
     return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
 
 
-def or_present(learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe) -> Learned:
+def or_present(
+    learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe, ranks: Ranks = ALONE
+) -> Learned:
     """`learned`, unless the block as it is at present answers better."""
-    loss = measure(present, {}, samples, batch, recipe.loss == "mse+nlc")
+    loss = measure(present, {}, samples, batch, recipe, ranks)
     learned = replace(learned, initial_loss=loss)
     return learned if learned.final_loss <= loss else replace(learned, outcome="kept present", final_loss=loss)
 

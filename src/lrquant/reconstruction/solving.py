@@ -35,16 +35,17 @@ def solve(
     learned = learn(
         forward,
         start,
-        len(stream),
+        run.samples,
         run.batch,
         recipe,
         recipe.seed + place,
         lambda epoch, loss: told(place, epoch, loss),
+        run.ranks,
     )
     if recipe.rounding != "gptq" or fixed.grid is None:
         return learned
     compensated = _compensated(run, fixed, learned.learnables, stream)
-    after = measure(forward, compensated, len(stream), run.batch, recipe.loss == "mse+nlc")
+    after = measure(forward, compensated, run.samples, run.batch, recipe, run.ranks)
     return replace(learned, learnables=compensated, final_loss=after) if after <= learned.final_loss else learned
 
 

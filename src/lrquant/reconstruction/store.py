@@ -110,13 +110,16 @@ class ActivationStore:
         device: what the blocks run on.
         folder: where files may lie.
         samples, streams: how many of each there will be.
+        sharing: how many such stores share this machine's memory.
     """
 
-    def __init__(self, where: Where, device: torch.device, folder: Path, samples: int, streams: int) -> None:
+    def __init__(
+        self, where: Where, device: torch.device, folder: Path, samples: int, streams: int, sharing: int = 1
+    ) -> None:
         if where not in get_args(Where):
             raise UsageError(f"activations {where!r}: they live on the device, host or disk, or auto decides")
         self.where = where
-        self._device, self._folder, self._count = device, folder, samples * streams
+        self._device, self._folder, self._count, self._sharing = device, folder, samples * streams, sharing
         self.bytes_expected = 0
 
     def stream(self, first: Tensor) -> Stream:
@@ -138,4 +141,4 @@ class ActivationStore:
     def _decide(self) -> Where:
         if self._device.type != "cpu" and self.bytes_expected < DEVICE_SHARE * free_device_bytes(self._device):
             return "device"
-        return "host" if self.bytes_expected < HOST_SHARE * available_bytes() else "disk"
+        return "host" if self.bytes_expected < HOST_SHARE * available_bytes() / self._sharing else "disk"

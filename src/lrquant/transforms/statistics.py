@@ -16,7 +16,10 @@ class ChannelStatistics:
     midpoint: Tensor | None = None  # (max + min)/2 of a sample, exponentially averaged over samples
 
     def update(self, x: Tensor) -> None:  # (samples, tokens, in_features)
-        low, high = x.detach().amin(1).float(), x.detach().amax(1).float()
+        self.add(*extremes_of(x))
+
+    def add(self, low: Tensor, high: Tensor) -> None:  # (samples, in_features) each
+        """The next samples, by their extremes over tokens."""
         absmax = torch.maximum(-low, high).amax(0)
         self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
         for middle in (low + high) / 2:
@@ -24,3 +27,8 @@ class ChannelStatistics:
                 self.midpoint = middle
             else:
                 self.midpoint = MIDPOINT_MOMENTUM * self.midpoint + (1 - MIDPOINT_MOMENTUM) * middle
+
+
+def extremes_of(x: Tensor) -> tuple[Tensor, Tensor]:  # (samples, tokens, in_features)
+    """(min, max) over tokens, (samples, in_features), float32."""
+    return x.detach().amin(1).float(), x.detach().amax(1).float()

@@ -1,0 +1,73 @@
+"""A finished run, as a table for people and as figures for programs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrquant.cli import console
+
+if TYPE_CHECKING:
+    from lrquant.api import Quantized
+    from lrquant.evaluation import Perplexity
+
+
+def show(
+    quantized: "Quantized",
+    measured: dict[str, "Perplexity"],
+    adapted: dict[str, "Perplexity"],
+    original: dict[str, "Perplexity"] | None = None,
+    page: Path | None = None,
+) -> None:
+    """What a person wants to know of a finished run."""
+    sizes = quantized.sizes
+    rows = [
+        ["saved to", str(quantized.saved_to)],
+        ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.ratio:.2f} times smaller than bf16"],
+        ["bits per quantized weight", f"{sizes.bits_per_weight:.3f}"],
+        ["time", f"{quantized.seconds:.1f} s"],
+        ["peak memory", console.megabytes(quantized.peak_memory_bytes)],
+    ]
+    for name, result in measured.items():
+        before = f", {original[name].value:.3f} before" if original else ""
+        rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
+    rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
+    if page:
+        rows.append(["what happened, in pictures", str(page)])
+    recipe = quantized.recipe
+    console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
+    for line in quantized.notes:
+        console.note(line)
+
+
+def figures(
+    quantized: "Quantized",
+    measured: dict[str, "Perplexity"],
+    adapted: dict[str, "Perplexity"],
+    original: dict[str, "Perplexity"] | None = None,
+) -> dict[str, Any]:
+    """Everything that `show` shows, and the blocks' records, for programs."""
+    import platform
+
+    import torch
+
+    from lrquant import __version__
+
+    sizes = quantized.sizes
+    return {
+        "method": quantized.recipe.method,
+        "format": quantized.recipe.format_name,
+        "saved_to": str(quantized.saved_to),
+        "seconds": quantized.seconds,
+        "peak_memory_bytes": quantized.peak_memory_bytes,
+        "checkpoint_bytes": sizes.checkpoint_bytes,
+        "bf16_bytes": sizes.bf16_bytes,
+        "ratio_to_bf16": sizes.ratio,
+        "bits_per_weight": sizes.bits_per_weight,
+        "perplexity": {name: result.value for name, result in measured.items()},
+        "original_perplexity": {name: result.value for name, result in (original or {}).items()},
+        "adapted_perplexity": {name: result.value for name, result in adapted.items()},
+        "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
+        "notes": quantized.notes,
+        "blocks": [record.as_dict() for record in quantized.records],
+        "recipe": quantized.recipe.model_dump(),
+        "versions": {"lrquant": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }

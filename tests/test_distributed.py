@@ -1,0 +1,231 @@
+"""Several ranks do what one does: the same steps up to the order of sums; one that dies ends the run, which goes on."""
+
+import functools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lrquant
+from lrquant import LrquantError, Recipe, UsageError
+from lrquant.checkpoints.rundir import run_folder
+from lrquant.distributed import ALONE, LostRank, Ranks, check_batch, join
+from lrquant.reconstruction import solving
+from lrquant.reconstruction.learning import learn, shuffled
+from tests.children import start, wait
+from tests.tiny import write_tiny
+
+IDS = [torch.arange(first, first + 32)[None] for first in range(100, 900, 100)]  # eight samples
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def on_ranks(world: int, work: Callable[[Ranks], Any], folder: Path) -> list[Any]:
+    """What `work` returns on each rank; JSON carries it."""
+    port = free_port()
+
+    def child(rank: int) -> None:
+        os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{world}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        result = work(join(torch.device("cpu")))
+        (folder / f"{world}.{rank}.json").write_text(json.dumps(result))
+
+    children = [start(functools.partial(child, rank)) for rank in range(world)]
+    assert [wait(each) for each in children] == [0] * world
+    return [json.loads((folder / f"{world}.{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(8, 4), (10, 4), (5, 1), (3, 8), (12, 12)])
+def test_an_order_has_every_sample_once_and_divides_every_batch(samples: int, batch: int) -> None:
+    order = shuffled(samples, batch, torch.Generator().manual_seed(0))
+    assert sorted(order) == list(range(samples))
+    for begin in range(0, samples - batch + 1, batch):
+        for world in (world for world in (1, 2, 3, 4) if batch % world == 0):
+            counts = [sum(sample % world == rank for sample in order[begin : begin + batch]) for rank in range(world)]
+            assert len(set(counts)) == 1
+    assert order != shuffled(samples, batch, torch.Generator().manual_seed(1)) or batch >= samples
+
+
+def learned_in_double(ranks: Ranks, samples: int) -> dict[str, Any]:
+    """A smooth problem with two branches, NLC and running balances: nothing rounds but the sums themselves."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, 7, 6, generator=generator, dtype=torch.float64)
+    w = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    mine = x[ranks.rank :: ranks.world]
+
+    def forward(learnables: dict[str, Tensor], chosen: Any) -> tuple[Tensor, list[Tensor]]:
+        part = mine[list(chosen)]
+        output = torch.tanh(part / learnables["a.scale"] @ w + learnables["a.shift"])
+        return output, [torch.tanh(part @ w), torch.tanh(part @ w.T)]
+
+    begin = {"a.scale": torch.linspace(0.5, 2, 6).double(), "a.shift": torch.full((6,), 0.3).double()}
+    recipe = Recipe.preset("lrquant+", epochs=5, batch_size=4)
+    done = learn(forward, begin, samples, 4, recipe, 3, lambda *_: None, ranks)
+    losses = [*done.epoch_losses, done.initial_loss, done.final_loss]
+    return {"losses": losses, **{name: tensor.tolist() for name, tensor in done.learnables.items()}}
+
+
+@pytest.mark.parametrize("samples", [8, 10])  # of ten, a last batch of two leaves two of four ranks without work
+def test_learning_is_the_same_on_1_2_and_4_ranks(samples: int, tmp_path: Path) -> None:
+    alone = learned_in_double(ALONE, samples)
+    # Double sums in another order differ by 1e-15; a rank without work hears of the loss in float32.
+    tolerance = 1e-12 if samples % 4 == 0 else 1e-7
+    for world in (2, 4):
+        for found in on_ranks(world, functools.partial(learned_in_double, samples=samples), tmp_path):
+            for name, values in alone.items():
+                assert found[name] == pytest.approx(values, abs=tolerance, rel=tolerance)
+
+
+def text_file(folder: Path) -> str:
+    """A text that is soon read."""
+    (folder / f"{os.getpid()}.txt").write_text(" ".join(map(str, range(900))))
+    return str(folder / f"{os.getpid()}.txt")
+
+
+def quantized_on(ranks: Ranks, tiny: Path, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    result = lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=folder / f"out{ranks.world}")
+    found = lrquant.evaluate(result.model, [text_file(folder)], 32, 7, result.tokenizer)
+    (perplexity,) = found.values()
+    return {
+        "perplexity": perplexity.value,
+        "windows": list(perplexity.window_losses),
+        "cosine": [record.cosine for record in result.records],
+        "loss": [record.final_loss for record in result.records],
+        "statistics": [
+            [seen.absmax.tolist(), seen.midpoint.tolist()]  # type: ignore[union-attr]
+            for block in result.result.statistics[:1]
+            for _, seen in sorted(block.items())
+        ],
+        "learned": [
+            torch.cat([block[name].flatten() for name in sorted(block)]).tolist() for block in result.result.learned
+        ],
+    }
+
+
+@pytest.mark.parametrize("changes", [{"method": "lrquant"}, {"method": "lrquant-max"}, {"rounding": "gptq"}], ids=str)
+def test_a_model_is_the_same_on_1_2_and_4_ranks(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Weights of 8 bits and small steps: a sum in another order may flip a rounding, which these hardly feel."""
+    tiny = write_tiny(tmp_path / "tiny")
+    rates = {"let_lr": 1e-4, "lwc_lr": 1e-4, "rounding_lr": 1e-4}
+    recipe = Recipe.preset(**changes, wbits=8, abits=16, epochs=2, batch_size=4, **rates)
+    alone = quantized_on(ALONE, tiny, recipe, tmp_path)
+    for world in (2, 4):
+        work = functools.partial(quantized_on, tiny=tiny, recipe=recipe, folder=tmp_path)
+        first, *others = on_ranks(world, work, tmp_path)
+        assert all(other == first for other in others)  # every rank knows everything
+        for mine, theirs in zip(first["statistics"], alone["statistics"], strict=True):
+            assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-4, abs=1e-5)
+        assert first["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-3)
+        assert first["windows"] == pytest.approx(alone["windows"], rel=1e-3)
+        assert first["cosine"] == pytest.approx(alone["cosine"], abs=1e-4)
+        assert first["loss"] == pytest.approx(alone["loss"], rel=0.05)  # of next to nothing
+        for mine, theirs in zip(first["learned"], alone["learned"], strict=True):
+            # Adam moves each of 4 steps by at most the rate; a gradient near zero may change its sign.
+            assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 8.1e-4
+            assert sum(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / len(mine) < 4e-5  # a tenth of the way
+
+
+def test_work_that_cannot_be_divided_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch size 3 cannot be divided over 2 ranks: give --batch-size 4"):
+        check_batch(3, 8, Ranks(0, 2), learns=True)
+    with pytest.raises(UsageError, match="3 samples cannot be divided over 4 ranks"):
+        check_batch(1, 3, Ranks(0, 4), learns=False)
+    check_batch(1, 8, Ranks(0, 4), learns=False)
+
+
+def test_ranks_that_were_given_different_samples_are_told(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "tiny")
+
+    def work(ranks: Ranks) -> str:
+        samples = [ids + ranks.rank for ids in IDS]
+        try:
+            lrquant.quantize(str(tiny), Recipe.preset("rtn"), calibration=samples, save_dir=tmp_path / "out")
+        except LrquantError as error:
+            return str(error)
+        return "done"
+
+    first, second = on_ranks(2, work, tmp_path)
+    assert second == "rank 1 was not given what the first rank was: the calibration samples changed"
+    assert first == "another rank ended or cannot be reached; its own message says why; nothing was left behind"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=3)
+    recipe = Recipe.preset("lrquant", wbits=4, abits=4, epochs=1, batch_size=4)
+    real, learned = solving.learn, []
+    here = ALONE
+
+    def dies(forward: Any, begin: Any, samples: int, batch: int, recipe: Recipe, seed: int, *rest: Any) -> Any:
+        learned.append(seed)
+        if here.rank == 1 and seed == 2:
+            os._exit(9)
+        return real(forward, begin, samples, batch, recipe, seed, *rest)
+
+    monkeypatch.setattr(solving, "learn", dies)
+
+    def work(rank: int, port: int) -> None:
+        nonlocal here
+        os.environ.update(RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        here = join(torch.device("cpu"))
+        with pytest.raises(LrquantError, match="2 finished blocks are kept: the same command goes on") as failed:
+            lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / "out")
+        assert isinstance(failed.value.__cause__, LostRank)
+
+    began, port = time.monotonic(), free_port()
+    children = [start(functools.partial(work, rank, port)) for rank in (0, 1)]
+    assert [wait(child) for child in children] == [0, 9]
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "out").exists()
+    assert run_folder(tmp_path / "out").is_dir()
+
+    def goes_on(ranks: Ranks) -> list[int]:
+        result = lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / "out")
+        return [len(result.records), *learned]
+
+    assert on_ranks(4, goes_on, tmp_path) == [[3, 2]] * 4  # three blocks, of which only the last is learned
+    assert not run_folder(tmp_path / "out").exists()
+    (perplexity,) = lrquant.evaluate(str(tmp_path / "out"), [text_file(tmp_path)], 32, 2).values()
+    assert math.isfinite(perplexity.value)
+
+
+def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def test_torchrun_on_the_command_line(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny")
+    text = text_file(tmp_path)
+    settings = ["--calib", text, "--nsamples", 4, "--seqlen", 32, "--epochs", 1, "--no-report"]
+    command = ["-m", "lrquant", "quantize", "tiny", "--save-dir", "out", *settings]
+    refused = torchrun(tmp_path, *command)
+    assert refused.returncode != 0
+    assert "rank 0: batch size 1 cannot be divided over 2 ranks: give --batch-size 2" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    assert not run_folder(tmp_path / "out").exists()
+    done = torchrun(tmp_path, *command, "--batch-size", 2, "--eval-ppl", text, "--limit-windows", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved to") == 1
+    assert done.stdout.count("3 windows of 32") == 1
+    assert done.stderr.count("block 2/2") == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "tiny"]
