@@ -141,7 +141,10 @@ def adapt(
         f"{paths[index]}.{name}": tensor
         for index, frozen in zip(better, result.frozen, strict=True)
         for name, tensor in pack_block(
-            frozen, recipe.stored_scheme, storage_dtype, needs_whole_weights(original, paths[index])
+            frozen,
+            recipe.stored_scheme.within(paths[index]),
+            storage_dtype,
+            needs_whole_weights(original, paths[index]),
         ).items()
     }
     facts = {"quantized": str(quantized), "reference": str(reference), "blocks": list(chosen), "replaced": better}

@@ -4,6 +4,7 @@ import itertools
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -338,6 +339,10 @@ def _notes(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruc
             f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "
             "dense, in floating point, and saves no space. It is for research."
         )
+    if recipe.layer_bits:
+        counts = Counter(recipe.layer_bits.values())
+        spread = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
+        notes.append(f"Bits of the linears follow from measured errors: {spread} bits; recipe.yaml names each.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(

@@ -44,6 +44,12 @@ class Recipe(BaseModel):
     wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
     abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
     group_size: int | None = Field(None, ge=1, description="Input channels that share a scale; none: a whole row")
+    target_bits: float | None = Field(
+        None, ge=2, le=9, description="Bits of a weight on average, scales included; each linear's follow from errors"
+    )
+    layer_bits: dict[str, int] | None = Field(
+        None, description="Bits of each linear's weights, by name; found and written down where there is a target"
+    )
     symmetric: bool = Field(False, description="Symmetric weight grids (no zero point)")
     activations_symmetric: bool = Field(False, description="Symmetric activation grids")
     quantize_attention: bool = Field(True, description="Quantize queries, keys and values at the activations' bits")
@@ -119,6 +125,13 @@ class Recipe(BaseModel):
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
         if self.numbers != "int":
             self._check_floats()
+        if self.target_bits is not None and (self.numbers != "int" or self.wbits == HIGH_PRECISION_BITS):
+            raise ValueError(
+                "target_bits spreads bits over integers: not with four-bit floats, nor with 16-bit weights"
+            )
+        odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
+        if odd:
+            raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
         if self.method not in PRESETS:
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self
@@ -138,7 +151,7 @@ class Recipe(BaseModel):
     def scheme(self) -> Scheme:
         if self.numbers != "int":
             return Scheme.floating(self.numbers, self.abits)
-        return Scheme.integer(
+        scheme = Scheme.integer(
             self.wbits,
             self.abits,
             self.group_size,
@@ -146,6 +159,7 @@ class Recipe(BaseModel):
             self.activations_symmetric,
             self.quantize_attention,
         )
+        return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property
     def dense(self) -> bool:
@@ -159,10 +173,11 @@ class Recipe(BaseModel):
 
     @property
     def format_name(self) -> str:
-        """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`."""
+        """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`, `W3.5A16` on average."""
         if self.numbers != "int":
             return self.numbers.upper() + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
-        return f"W{self.wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
+        wbits = self.wbits if self.target_bits is None else f"{self.target_bits:g}"
+        return f"W{wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
 
     @property
     def learns(self) -> bool:

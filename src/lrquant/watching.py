@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 class Watcher:
     """Told of progress; this one does nothing. The command line shows a bar."""
 
+    def measured(self, done: int, blocks: int) -> None:
+        """Before all else, where bits follow from errors: of so many blocks they are known."""
+
     def started(self, blocks: int, epochs: int) -> None: ...
 
     def epoch_done(self, block: int, epoch: int, loss: float) -> None: ...
@@ -31,6 +34,10 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self.watchers = watchers
+
+    def measured(self, done: int, blocks: int) -> None:
+        for watcher in self.watchers:
+            watcher.measured(done, blocks)
 
     def started(self, blocks: int, epochs: int) -> None:
         for watcher in self.watchers:

@@ -1,6 +1,7 @@
 """The model card written beside a checkpoint, with the metadata block that the hub reads."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 | | |
 |---|---|
 | format | {format}, {container} |
-| bits per quantized weight, scales included | {bits:.2f} |
+| bits per quantized weight, scales included | {bits:.2f}{spread} |
 | size | {megabytes:.1f} MB, {ratio:.2f} times smaller than bf16 |
 | calibration | {nsamples} samples of {calibration}, seed {seed} |
 
@@ -45,6 +46,12 @@ _TASKS = {
 def _on_the_hub(name: str) -> bool:
     """Whether `name` reads like USER/NAME on the hub and is no folder here."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _spread(layer_bits: dict[str, int] | None) -> str:
+    """How many linears have how many bits."""
+    counts = Counter((layer_bits or {}).values())
+    return "".join(f", {counts[bits]} linears of {bits}" for bits in sorted(counts))
 
 
 def model_card(
@@ -84,7 +91,7 @@ def model_card(
             "compressed-tensors",
             "quantized",
             recipe.format_name.split()[0].lower(),
-            f"{recipe.wbits}-bit",
+            f"{recipe.wbits}-bit" if recipe.target_bits is None else "mixed-precision",
         ],
     }
     return _CARD.format(
@@ -94,6 +101,7 @@ def model_card(
         container="lrquant's own format over compressed-tensors" if own else f"compressed-tensors {config['format']}",
         method=recipe.method,
         bits=sizes.bits_per_weight,
+        spread=_spread(recipe.layer_bits),
         megabytes=sizes.checkpoint_bytes / 1e6,
         ratio=sizes.ratio,
         nsamples=recipe.nsamples,

@@ -4,6 +4,7 @@
                         buffer:NAME    what the block holds besides parameters
                         learned:NAME   its learnables
                         absmax:LINEAR, midpoint:LINEAR   statistics of its linears' inputs
+    bits.json           how many bits each linear gets, where that follows from measured errors
     00012.json          the checksum of that file, and the checksum of the block before it (manifest.py)
 
 The entry is written after the tensors, so a block without one is not finished. A block was learned on what the
@@ -14,7 +15,8 @@ The hidden states are not kept: they are as large as the model, and two forward 
 give them back, where learning took sixty.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from lrquant.checkpoints.durable import checksum, write_tensors
 from lrquant.checkpoints.identity import digest_of
-from lrquant.checkpoints.manifest import BlockEntry, read_entry, write_entry
+from lrquant.checkpoints.manifest import BitsEntry, BlockEntry, read_entry, write_entry
 from lrquant.checkpoints.packing import (
     buffers_of,
     needs_whole_weights,
@@ -67,6 +69,16 @@ class DiskJournal(Journal):
             except LrquantError as error:
                 self._found(place, str(error))
 
+    def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
+        file = self.folder / "bits.json"
+        try:
+            bits = read_entry(file, BitsEntry).bits
+        except (FileNotFoundError, LrquantError):
+            bits = found()
+            write_entry(file, BitsEntry(bits=bits))
+        self._scheme = replace(self._scheme, bits=bits)
+        return bits
+
     def _found(self, place: int, what: str) -> None:
         self.damaged.append(f"{what}; block {place} is done again")
 
@@ -83,7 +95,13 @@ class DiskJournal(Journal):
 
     def restore(self, place: int, block: nn.Module) -> tuple[FinishedBlock, Mapping[str, Tensor]] | None:
         packed, whole = dict(self._read(place, "packed:")), needs_whole_weights(block, "")
-        parameters = unpack_block(packed, self._scheme, self._storage_dtype, next(block.parameters()).dtype, whole)
+        parameters = unpack_block(
+            packed,
+            self._scheme.within(self._entries[place].path),
+            self._storage_dtype,
+            next(block.parameters()).dtype,
+            whole,
+        )
         if digest_of(parameters) != self._entries[place].parameters:
             self._whole.discard(place)
             self._found(place, f"{self._file(place, 'safetensors')}: does not unpack to what it was packed from here")
@@ -96,7 +114,7 @@ class DiskJournal(Journal):
         return FinishedBlock.of(tensors, entry.record, entry.flat_inputs, entry.added_biases)
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
-        packed = pack_block(frozen, self._scheme, self._storage_dtype, needs_whole_weights(block, ""))
+        packed = pack_block(frozen, self._scheme.within(path), self._storage_dtype, needs_whole_weights(block, ""))
         tensors = {f"packed:{name}": tensor for name, tensor in packed.items()}
         tensors |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
         tensors |= finished.tensors()

@@ -48,6 +48,14 @@ class BlockEntry(BaseModel):
     record: BlockRecord
 
 
+class BitsEntry(BaseModel):
+    """`bits.json`: how many bits each linear's weights get, where they follow from measured errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bits: dict[str, int]
+
+
 class Placing(BaseModel):
     """`placing.json`: the finished checkpoint's files, written before it is put in its place."""
 

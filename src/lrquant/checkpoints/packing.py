@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import compressed_tensors
@@ -45,13 +46,14 @@ def check_layout(model: nn.Module, paths: Sequence[str], scheme: Scheme) -> None
 def pack_block(
     frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype, whole: bool = False
 ) -> dict[str, Tensor]:
-    """A block's checkpoint tensors by name within the block."""
+    """A block's checkpoint tensors by name within the block, which is how `scheme` calls its linears."""
     tensors = dict(frozen.dense)
     if scheme.weights is None:
         return tensors
-    packer = BaseCompressor.get_value_from_registry(storage_format(scheme, whole).value)
-    quantization = QuantizationScheme(targets=[], weights=scheme.weights)
     for linear, weight in frozen.weights.items():
+        own = scheme.of(linear)
+        packer = BaseCompressor.get_value_from_registry(storage_format(own, whole).value)
+        quantization = QuantizationScheme(targets=[], weights=own.weights)
         local = {"weight": weight.dequantized(), "weight_scale": weight.scale}
         if weight.zero is not None:
             local["weight_zero_point"] = weight.zero
@@ -60,7 +62,7 @@ def pack_block(
         packed = packer.compress(local, quantization)
         if scheme.weights.type == "int":
             packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
-        if pads_zero_points(scheme, whole):
+        if pads_zero_points(own, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
@@ -76,31 +78,13 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     """
     inside = tuple(f"{path}." for path in result.block_paths)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    ordinary = scheme.for_linear(0, flat_input=False)
-    ordinary.targets = ["Linear"]
-    groups = {"group_0": ordinary}
-    flat_inputs = {_any_block(name, result.block_paths): name for name in sorted(result.flat_inputs)}
-    flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
-    for pattern, name in flat_inputs.items() if scheme.inputs else ():
-        flat = scheme.for_linear(linears[name].in_features, flat_input=True)
-        flat.targets = [pattern]
-        groups[f"group_{len(groups)}"] = flat
-    stored = storage_format(scheme)
-    packed = stored is not CompressionFormat.dense
-    for group in groups.values():
-        group.format = stored.value  # left out, integers with activations would be read as one byte each
-        if group.weights is not None and pads_zero_points(scheme):
-            group.weights = group.weights.model_copy(update={"zp_dtype": torch.int32})
-    whole = _whole_weights(model, result)
-    if whole and storage_format(scheme, whole=True) is not stored:
-        group = scheme.for_linear(0, flat_input=False)
-        group.targets, group.format = whole, storage_format(scheme, whole=True).value
-        groups[f"group_{len(groups)}"] = group
+    groups = _groups_by_bits(model, result, scheme) if scheme.bits else _groups(model, result, scheme)
+    formats = {group.format for group in groups.values()}
+    stored = storage_format(scheme) if len(formats) > 1 else next(iter(formats))
+    packed = CompressionFormat(stored) is not CompressionFormat.dense
     config = QuantizationConfig(
         config_groups=groups,
-        format=CompressionFormat.mixed_precision.value
-        if len({g.format for g in groups.values()}) > 1
-        else stored.value,
+        format=CompressionFormat.mixed_precision.value if len(formats) > 1 else CompressionFormat(stored).value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
         ignore=[name for name in linears if not name.startswith(inside) and name not in result.outside.weights],
     )
@@ -116,6 +100,52 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         width = linears[result.rotated.online[0]].in_features
         data["transform_config"] = transform_config(list(targets), width).model_dump(mode="json")
     return data
+
+
+def _groups_by_bits(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
+    """One group for each number of bits, layout and width of a flat input; its targets are linears by name."""
+    groups: dict[tuple[Any, ...], QuantizationScheme] = {}
+    for path in result.block_paths:
+        whole = needs_whole_weights(model, path)
+        for name, module in model.get_submodule(path).named_modules(prefix=path):
+            if not isinstance(module, nn.Linear):
+                continue
+            own, flat = scheme.of(name), name in result.flat_inputs and scheme.inputs is not None
+            found = own.for_linear(module.in_features, flat)
+            found.format = storage_format(own, whole).value
+            if found.weights is not None and pads_zero_points(own, whole):
+                found.weights = found.weights.model_copy(update={"zp_dtype": torch.int32})
+            bits = 0 if own.weights is None else own.weights.num_bits
+            key = (bits, found.format, module.in_features if flat else 0)
+            groups.setdefault(key, found).targets.append(rf"re:.*{re.escape(name)}$")
+    named = {f"group_{number}": groups[key] for number, key in enumerate(sorted(groups))}
+    if result.outside.weights:
+        others = _groups(model, result, replace(scheme, bits={}))
+        named |= {f"group_{len(named) + number}": group for number, group in enumerate(others.values())}
+    return named
+
+
+def _groups(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ordinary = scheme.for_linear(0, flat_input=False)
+    ordinary.targets = ["Linear"]
+    groups = {"group_0": ordinary}
+    flat_inputs = {_any_block(name, result.block_paths): name for name in sorted(result.flat_inputs)}
+    flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
+    for pattern, name in flat_inputs.items() if scheme.inputs else ():
+        flat = scheme.for_linear(linears[name].in_features, flat_input=True)
+        flat.targets = [pattern]
+        groups[f"group_{len(groups)}"] = flat
+    for group in groups.values():
+        group.format = storage_format(scheme).value  # left out, integers with activations would be a byte each
+        if group.weights is not None and pads_zero_points(scheme):
+            group.weights = group.weights.model_copy(update={"zp_dtype": torch.int32})
+    whole = _whole_weights(model, result)
+    if whole and storage_format(scheme, whole=True) is not storage_format(scheme):
+        group = scheme.for_linear(0, flat_input=False)
+        group.targets, group.format = whole, storage_format(scheme, whole=True).value
+        groups[f"group_{len(groups)}"] = group
+    return groups
 
 
 def _whole_weights(model: nn.Module, result: Reconstruction) -> list[str]:
@@ -139,12 +169,13 @@ def unpack_block(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(INPUT_SCALE)}
     if scheme.weights is None:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    packer = BaseCompressor.get_value_from_registry(storage_format(scheme, whole).value)
-    quantization = QuantizationScheme(targets=[], weights=scheme.weights)
     products = product_dtype(scheme, storage_dtype)
     linears = [name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")]
     result = {}
     for linear in linears:
+        own = scheme.of(linear)
+        packer = BaseCompressor.get_value_from_registry(storage_format(own, whole).value)
+        quantization = QuantizationScheme(targets=[], weights=own.weights)
         prefix = f"{linear}.weight"
         local = {
             f"weight{name.removeprefix(prefix)}": part for name, part in tensors.items() if name.startswith(prefix)
@@ -182,7 +213,7 @@ def block_tensors(
 ) -> Iterator[dict[str, Tensor]]:
     """Every block's tensors under their full names, of a result that lies in memory."""
     for path, frozen in zip(result.block_paths, result.frozen, strict=True):
-        packed = pack_block(frozen, scheme, storage_dtype, needs_whole_weights(model, path))
+        packed = pack_block(frozen, scheme.within(path), storage_dtype, needs_whole_weights(model, path))
         packed = buffers_of(model.get_submodule(path), storage_dtype) | packed
         yield {f"{path}.{name}": tensor for name, tensor in packed.items()}
 

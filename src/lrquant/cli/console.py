@@ -153,6 +153,14 @@ class BlockProgress(Watcher):
         self.bar = _bar(TextColumn("{task.fields[loss]}"))
         self.blocks = self.steps = 0
 
+    def measured(self, done: int, blocks: int) -> None:
+        if done == 1:
+            if progress.moves:
+                self.bar.start()
+            self.measuring = self.bar.add_task("Measuring what bits are worth", total=blocks, loss="")
+        self.bar.update(self.measuring, completed=done, visible=done < blocks)
+        progress.line(f"{self.title}: block {done}/{blocks} measured")
+
     def started(self, blocks: int, epochs: int) -> None:
         self.blocks, self.steps = blocks, max(1, epochs)
         if progress.moves:

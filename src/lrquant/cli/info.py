@@ -104,6 +104,9 @@ def describe(directory: Path) -> Facts:
     short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}" + (f" g{group_size}" if group_size else "")
     if (weights or {}).get("type") == "float" and wbits == 4:
         short = ("NVFP4" if group_size == 16 else "MXFP4") + ("A16" if inputs is None else "")
+    widths = sorted({group["weights"]["num_bits"] for group in groups if group.get("weights")})
+    if recipe.get("target_bits"):
+        short = f"W{recipe['target_bits']:g}A{abits}" + (f" g{group_size}" if group_size else "")
     attention = bool(recipe.get("quantize_attention")) and abits != 16
     return Facts(
         path=str(directory),
@@ -113,7 +116,7 @@ def describe(directory: Path) -> Facts:
         method=recipe.get("method"),
         format=short,
         container=f"{quantization['quant_method']} {quantization.get('format', '')}".strip(),
-        weights=_described(weights),
+        weights=_described(weights) + (f"; linears of {', '.join(map(str, widths))} bits" if widths[1:] else ""),
         activations=_described(inputs),
         attention=f"{abits} bits per token and head, in lrquant.load" if attention else "floating point",
         calibration=_calibration(recipe),

@@ -98,6 +98,14 @@ def quantize(
     abits: Annotated[
         int | None, typer.Option(help="Bits of an activation, 2 to 8; 16: weights only.", show_default="4")
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits of a weight on average, scales included: each linear gets what its errors ask for.",
+            show_default="--wbits everywhere",
+        ),
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Input channels that share a scale.", show_default="a whole row")
     ] = None,
@@ -245,6 +253,7 @@ def quantize(
     changes = {
         "wbits": wbits,
         "abits": abits,
+        "target_bits": target_bits,
         "group_size": group_size,
         "symmetric": symmetric,
         "calibration": calib,

@@ -6,7 +6,8 @@ groups, NVFP4 or MXFP4, as recent hardware multiplies them. Whoever reads the ch
 reads these same objects.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -60,12 +61,14 @@ def per_token_for_flat_inputs(args: QuantizationArgs, width: int) -> Quantizatio
 class Scheme:
     """Formats of one model's linears: `weights`, their inputs, and queries, keys and values in attention.
 
-    `None` means left in floating point. Attention inputs are quantized per token and head.
+    `None` means left in floating point. Attention inputs are quantized per token and head. `bits` says which linears'
+    weights have other bits than `weights`, by name in the model, or in the block (`within`).
     """
 
     weights: QuantizationArgs | None
     inputs: QuantizationArgs | None = None
     attention: QuantizationArgs | None = None
+    bits: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def integer(
@@ -87,6 +90,18 @@ class Scheme:
         """`Scheme.floating("nvfp4", 4)`: NVFP4 weights and inputs. Attention has no such format and is left alone."""
         preset = preset_name_to_scheme(numbers if abits == 4 else f"{numbers}A16", [])
         return cls(preset.weights, preset.input_activations)
+
+    def within(self, path: str) -> "Scheme":
+        """The same for one block, whose linears are called by their names within it."""
+        inside = f"{path}."
+        named = {name.removeprefix(inside): bits for name, bits in self.bits.items() if name.startswith(inside)}
+        return replace(self, bits=named) if self.bits else self
+
+    def of(self, linear: str) -> "Scheme":
+        """The scheme of one linear by name."""
+        if self.weights is None or linear not in self.bits:
+            return self
+        return replace(self, weights=self.weights.model_copy(update={"num_bits": self.bits[linear]}))
 
     @property
     def group_size(self) -> int | None:

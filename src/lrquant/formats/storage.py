@@ -53,7 +53,7 @@ def _takes_bytes(scheme: Scheme) -> bool:
 
 
 def dequantized_on_load(scheme: Scheme) -> bool:
-    if scheme.weights is None or scheme.inputs is not None:
+    if scheme.weights is None or scheme.inputs is not None or scheme.bits:  # on load there is one format for all
         return False
     return _is_float(scheme) or not scheme.weights.symmetric
 

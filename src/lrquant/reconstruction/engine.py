@@ -18,8 +18,8 @@ anything is changed, which starts x, and once with the earlier stages quantized,
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention, set_whole
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.allocation import Allocation
 from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.journal import FinishedBlock, Journal
@@ -59,7 +60,7 @@ from lrquant.reconstruction.preparation import (
     linear_input_args,
 )
 from lrquant.reconstruction.records import BlockRecord
-from lrquant.reconstruction.residence import Residence
+from lrquant.reconstruction.residence import Residence, held
 from lrquant.reconstruction.solving import solve
 from lrquant.reconstruction.speed import settle
 from lrquant.reconstruction.store import ActivationStore, Stream
@@ -145,10 +146,15 @@ def reconstruct(
     for name, module in chosen_modules(model, recipe.also).items():
         if isinstance(module, nn.Linear):
             check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
-    scheme = recipe.scheme
-    attention_args = scheme.attention if scheme.attention and route_attention(model) else None
+    attention = recipe.scheme.attention
+    attention_args = attention if attention and route_attention(model) else None
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
     result.rotated = rotate(model, stages, recipe, residence, storage_dtype)
+    if recipe.target_bits is not None and recipe.layer_bits is None:
+        allocation = Allocation(model, family, recipe, everything, device, storage_dtype, residence, watcher.measured)
+        bits = journal.bits(allocation.layer_bits) if ranks.first else {}  # the others wait, and are told
+        recipe = recipe.changed(layer_bits=json.loads(ranks.text(json.dumps(bits))))
+    scheme = recipe.scheme
     journal.open(len(paths))
     residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
@@ -174,7 +180,7 @@ def reconstruct(
                 )
             batch = recipe.batch_size if _shared(inputs, ranks) else 1
         began = time.perf_counter()
-        with _held(residence, path, device) as block:
+        with held(residence, path, device) as block:
             check_finite(block, path)
             run = BlockCalls(block, index, inputs, device, batch, ranks)
             view = BlockView(place, path, block, run.call_one, target_stream, quantized_stream)
@@ -205,10 +211,10 @@ def reconstruct(
             shifted, slots = choose_shifts(block, equivalences, recipe.shift)
             start: Learnables = {}
             if recipe.let:
-                fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
+                fixed = BlockParameters.of(block, equivalences, scheme.within(path), storage_dtype)
                 start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
             add_bias_slots(block, slots)
-            fixed = BlockParameters.of(block, equivalences, scheme, storage_dtype)
+            fixed = BlockParameters.of(block, equivalences, scheme.within(path), storage_dtype)
             fixed = replace(fixed, together=sharing_inputs(statistics))
             if recipe.lwc and scheme.weights:
                 start |= initial_clipping(fixed)
@@ -261,7 +267,7 @@ def reconstruct(
                 record,
                 tuple(sorted(flat)),
                 tuple(slots),
-                dict(frozen.input_scales),
+                {name: scale.clone() for name, scale in frozen.input_scales.items()},  # files hold no tensor twice
             )
             result.add(path, finished)
             if learned.outcome != "kept present":
@@ -286,7 +292,7 @@ def gather_statistics(
         inputs = capture(model, blocks, samples)
         for index, block in enumerate(blocks):
             check_finite(block, f"{stage.path}.{index}")
-            with _held(Residence(model), f"{stage.path}.{index}", device):
+            with held(Residence(model), f"{stage.path}.{index}", device):
                 statistics, _ = BlockCalls(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
             result.append({name: _moved(value, torch.device("cpu")) for name, value in statistics.items()})
     return result
@@ -343,17 +349,6 @@ def _moved(statistics: ChannelStatistics, device: torch.device) -> ChannelStatis
     return ChannelStatistics(
         None if absmax is None else absmax.to(device), None if midpoint is None else midpoint.to(device)
     )
-
-
-@contextmanager
-def _held(residence: Residence, path: str, device: torch.device) -> Iterator[nn.Module]:
-    """Within, the block at `path` is on `device`."""
-    block = residence.take(path).to(device)
-    try:
-        yield block
-    finally:
-        block.to("cpu")
-        residence.release(path)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ would have. The journal here remembers nothing; the one on disk is `lrquant.chec
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -65,6 +65,10 @@ class Journal:
     def open(self, blocks: int) -> None:
         """Called once, before the first block."""
 
+    def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """Bits by linear (reconstruction/allocation.py): what `found` finds, or found before."""
+        return found()
+
     def finished(self, place: int) -> bool:
         """Whether block number `place` need not be done again."""
         return False
@@ -95,6 +99,9 @@ class SharedJournal(Journal):
     def open(self, blocks: int) -> None:
         if self._ranks.first:
             self._own.open(blocks)
+
+    def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
+        return self._own.bits(found)
 
     def finished(self, place: int) -> bool:
         return self._ranks.text(str(self._own.finished(place))) == "True"

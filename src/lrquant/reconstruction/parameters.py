@@ -10,7 +10,7 @@ Learnables, by name:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -38,15 +38,22 @@ class BlockParameters:
     storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
     product_dtype: torch.dtype  # in which loaders dequantize (formats.storage)
     together: Mapping[str, str] = field(default_factory=dict)  # linear → the first of those that share its input
+    bits: Mapping[str, int] = field(default_factory=dict)  # of linears whose weights have other bits than `grid`
+
+    def grid_of(self, linear: str) -> Grid:
+        """The grid of a linear's weights, where there is one."""
+        assert self.grid is not None
+        return replace(self.grid, bits=self.bits[linear]) if linear in self.bits else self.grid
 
     @classmethod
     def of(
         cls, block: nn.Module, equivalences: Sequence[Equivalence], scheme: Scheme, storage_dtype: torch.dtype
     ) -> "BlockParameters":
+        """`scheme` calls linears by their names within `block`."""
         tensors = {name: parameter.detach().float() for name, parameter in block.named_parameters()}
         grid = Grid.of(scheme.weights) if scheme.weights else None
         products = product_dtype(scheme, storage_dtype)
-        return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products)
+        return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products, bits=scheme.bits)
 
 
 def sharing_inputs(statistics: Mapping[str, ChannelStatistics]) -> dict[str, str]:
@@ -127,7 +134,7 @@ def compensated_offsets(
         f"{linear}.offset": compensating_offsets(
             fixed.tensors[f"{linear}.weight"],
             moments[linear],
-            fixed.grid,
+            fixed.grid_of(linear),
             _factors(changed, without, linear),
             fixed.storage_dtype,
             wholes[linear],
@@ -198,14 +205,13 @@ def rounded_weights(
     """Fake-quantized `weights`, each (out, in) by its parameter's name, in the precision of the products."""
     result = {}
     for linear in fixed.linears:
-        weight, factors = weights[f"{linear}.weight"], by.factors[linear]
-        assert fixed.grid is not None
+        weight, factors, grid = weights[f"{linear}.weight"], by.factors[linear], fixed.grid_of(linear)
         if linear in by.rotations:
-            weight = fake_quantize_weight(weight, fixed.grid, factors, fixed.storage_dtype, whole=by.wholes[linear])
+            weight = fake_quantize_weight(weight, grid, factors, fixed.storage_dtype, whole=by.wholes[linear])
             weight = (weight * by.rotations[linear]).to(fixed.product_dtype).to(dtype)
         else:
             weight = fake_quantize_weight(
-                weight, fixed.grid, factors, fixed.storage_dtype, fixed.product_dtype, product, by.wholes[linear]
+                weight, grid, factors, fixed.storage_dtype, fixed.product_dtype, product, by.wholes[linear]
             )
         result[f"{linear}.weight"] = weight
     return result
@@ -259,7 +265,7 @@ def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBl
     for linear in fixed.linears:
         weight = quantize_weight(
             dense.pop(f"{linear}.weight"),
-            fixed.grid,
+            fixed.grid_of(linear),
             _factors(changed, learnables, linear),
             fixed.storage_dtype,
             wholes[linear],

@@ -1,7 +1,9 @@
 """Where blocks are while they are not worked on: here, in memory; `lrquant.streaming` leaves them on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -33,3 +35,14 @@ class Residence:
         module, _, own = name.rpartition(".")
         copy = self.model.get_parameter(source).detach().clone()
         setattr(self.model.get_submodule(module), own, nn.Parameter(copy, requires_grad=False))
+
+
+@contextmanager
+def held(residence: Residence, path: str, device: torch.device) -> Iterator[nn.Module]:
+    """Within, the block at `path` is on `device`."""
+    block = residence.take(path).to(device)
+    try:
+        yield block
+    finally:
+        block.to("cpu")
+        residence.release(path)
