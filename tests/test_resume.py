@@ -21,7 +21,7 @@ from lrquant import LrquantError, Recipe, UsageError
 from lrquant.checkpoints import durable, shards
 from lrquant.checkpoints.rundir import run_folder
 from lrquant.errors import Interrupted
-from lrquant.reconstruction import engine
+from lrquant.reconstruction import solving
 from lrquant.watching import Watcher
 from tests.children import die_now, start, wait
 from tests.tiny import SETTINGS, write_tiny
@@ -175,13 +175,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Seeds of the blocks that are learned, in order: with seed 0 these are their numbers."""
     seen: list[int] = []
-    real = engine.learn
+    real = solving.learn
 
     def learn(forward: Any, start: Any, samples: int, batch: int, recipe: Recipe, seed: int, *rest: Any) -> Any:
         seen.append(seed)
         return real(forward, start, samples, batch, recipe, seed, *rest)
 
-    monkeypatch.setattr(engine, "learn", learn)
+    monkeypatch.setattr(solving, "learn", learn)
     return seen
 
 
@@ -329,13 +329,13 @@ def test_a_block_that_comes_out_differently_takes_the_later_ones_with_it(
     """As on another machine: what was learned on the old block's answers is not used."""
     interrupted(tiny, tmp_path / "out")
     (run_folder(tmp_path / "out") / "00001.json").unlink()
-    here = engine.learn
+    here = solving.learn
 
     def elsewhere(forward: Any, start: Any, *rest: Any) -> Any:
         changed = {name: value * 1.5 if name.endswith(".scale") else value for name, value in start.items()}
         return here(forward, changed, *rest)
 
-    monkeypatch.setattr(engine, "learn", elsewhere)
+    monkeypatch.setattr(solving, "learn", elsewhere)
     learned.clear()
     run(tiny, tmp_path / "out")
     assert learned == [1, 2, 3]

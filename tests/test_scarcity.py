@@ -8,7 +8,7 @@ import torch
 
 import lrquant
 from lrquant import LrquantError, Recipe
-from lrquant.reconstruction import engine
+from lrquant.reconstruction import solving
 from lrquant.scarcity import advised, knobs
 from tests.tiny import SETTINGS, write_tiny
 
@@ -39,7 +39,7 @@ def test_other_errors_pass() -> None:
 
 
 def test_a_run_that_runs_out_keeps_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = engine.learn
+    real = solving.learn
     calls = []
 
     def learn(*arguments: Any) -> Any:
@@ -48,7 +48,7 @@ def test_a_run_that_runs_out_keeps_its_blocks(tmp_path: Path, monkeypatch: pytes
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "learn", learn)
+    monkeypatch.setattr(solving, "learn", learn)
     ids = [torch.arange(32)[None], torch.arange(32, 64)[None]]
     tiny = write_tiny(tmp_path / "tiny")
     with pytest.raises(LrquantError) as failed:

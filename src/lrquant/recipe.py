@@ -299,7 +299,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamic_loss": True,
         "rotation": True,
         "rounding": "learned",
-        "epochs": 12,
+        "epochs": 24,
         "batch_size": 8,
         "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
     },

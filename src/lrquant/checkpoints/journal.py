@@ -119,7 +119,11 @@ class DiskJournal(Journal):
         tensors |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
         tensors |= finished.tensors()
         file = self._file(place, "safetensors")
-        write_tensors(file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        # Linears that runtimes fuse share a scale, and a file holds no tensor twice.
+        apart = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        write_tensors(file, apart)
         weights, bits = quantized_size(frozen.weights, packed)
         before = self._entries.get(place - 1)
         self._entries[place] = BlockEntry(

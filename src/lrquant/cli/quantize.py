@@ -149,7 +149,7 @@ def quantize(
         int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's most")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the samples per block.", show_default="6; lrquant-max: 12")
+        int | None, typer.Option(help="Passes over the samples per block.", show_default="6; lrquant-max: 24")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="4; lrquant-max: 8")] = None,
     lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
