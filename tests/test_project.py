@@ -29,7 +29,7 @@ ROOMS = [
     ["report"],
     ["adaptation"],
     ["api_report"],
-    ["api", "api_vision"],
+    ["api", "api_vision", "estimate"],
     ["cli"],
 ]
 PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}

@@ -8,6 +8,7 @@ import typer
 
 from lrquant.cli import console
 from lrquant.cli.completion import calibration_names, format_names, method_names, model_names
+from lrquant.cli.dry_run import show_estimate
 from lrquant.cli.hub import check_can_push, push
 from lrquant.cli.reporting import command_line, metrics_of
 from lrquant.cli.results import figures, show
@@ -240,6 +241,9 @@ def quantize(
     activations: Annotated[
         Activations, typer.Option(help="Where hidden states wait while blocks are learned.")
     ] = Activations.auto,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would read, write, hold and take; write nothing.")
+    ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew; else an interrupted run of the same command goes on.")
     ] = False,
@@ -295,6 +299,9 @@ def quantize(
     if tta and not eval_ppl:
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
 
+    if dry_run:
+        show_estimate(model, chosen, device, activations.value, trust_remote_code, json)
+        return
     if push_to_hub:
         check_can_push(push_to_hub)
 

@@ -163,6 +163,10 @@ class BlockCalls:
             for sample, output in zip(
                 chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
             ):
+                if not torch.isfinite(output).all():
+                    raise LrquantError(
+                        f"block {self.index} gives NaN or infinite outputs once it is quantized; try --dtype float32"
+                    )
                 stream[sample] = output
                 target = targets[sample].to(output.device)
                 total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())

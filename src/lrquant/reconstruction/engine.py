@@ -54,6 +54,7 @@ from lrquant.reconstruction.parameters import (
 )
 from lrquant.reconstruction.preparation import (
     check_finite,
+    check_fits,
     check_group_size,
     choose_shifts,
     enabled_equivalences,
@@ -242,6 +243,7 @@ def reconstruct(
                 _replace(block, present.blocks[place])
                 _keep_input_scales(block, present.input_scales[place] if present.input_scales else {})
             else:
+                check_fits(frozen, path, storage_dtype)
                 watcher.block_decided(
                     view, Decided(fixed, start, learned.learnables, frozen, input_args, attention_args)
                 )

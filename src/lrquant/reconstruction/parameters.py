@@ -9,7 +9,7 @@ Learnables, by name:
     <linear>.rotation_left, _right     (out, k), (k, in): the same with rank k; cannot fold into scales
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -242,6 +242,14 @@ class FrozenBlock:
     dense: Mapping[str, Tensor]  # parameter name → values in the storage dtype
     product_dtype: torch.dtype = torch.float32
     input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear → NVFP4's scale of its input, (1,)
+
+    def floating_point(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything that is not integers, by name."""
+        yield from self.dense.items()
+        for linear, weight in self.weights.items():
+            for part, value in weight._asdict().items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    yield f"{linear}.{part}", value
 
     def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """As `quantized_parameters`, from what the checkpoint holds."""

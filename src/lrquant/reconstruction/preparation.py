@@ -8,6 +8,7 @@ from torch import nn
 
 from lrquant.errors import LrquantError, UsageError
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.parameters import FrozenBlock
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import missing_biases
 
@@ -65,6 +66,17 @@ def check_finite(block: nn.Module, path: str) -> None:
     for name, parameter in block.named_parameters():
         if not torch.isfinite(parameter).all():
             raise LrquantError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> None:
+    """Raise where the checkpoint's floating-point type is too narrow for what transformations have made of a block."""
+    for name, tensor in frozen.floating_point():
+        if not torch.isfinite(tensor).all():
+            kind = str(storage_dtype).removeprefix("torch.")
+            raise LrquantError(
+                f"{path}: {name} is too large for the checkpoint's {kind} once it is transformed; "
+                f"save the original in bfloat16, or try --no-let"
+            )
 
 
 def linear_input_args(

@@ -124,12 +124,16 @@ class ActivationStore:
 
     def stream(self, first: Tensor) -> Stream:
         """An empty stream for samples like `first`."""
-        self.bytes_expected = max(self.bytes_expected, first.nbytes * self._count)
-        if self.where == "auto":
-            self.where = self._decide()
+        self.expect(first)
         if self.where == "disk":
             return OnDisk(self._folder)
         return InMemory(self._device if self.where == "device" else torch.device("cpu"))
+
+    def expect(self, first: Tensor) -> None:
+        """Decide where samples like `first` will be."""
+        self.bytes_expected = max(self.bytes_expected, first.nbytes * self._count)
+        if self.where == "auto":
+            self.where = self._decide()
 
     def copy(self, stream: Sequence[Tensor]) -> Stream:
         """A stream of its own with the same contents."""

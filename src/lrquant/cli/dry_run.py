@@ -1,0 +1,39 @@
+"""`lrquant quantize --dry-run`: what a run would read, write, hold and take."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrquant.cli import console
+
+if TYPE_CHECKING:
+    from lrquant.recipe import Recipe
+
+
+def show_estimate(
+    model: str, recipe: "Recipe", device: str, activations: Any, trust_remote_code: bool, json: Path | None
+) -> None:
+    from lrquant.estimate import estimate
+
+    _, ranks = console.ranks()
+    if not console.speaks():
+        return
+    with console.status("Trying one block"):
+        found = estimate(model, recipe, device, activations, trust_remote_code, ranks)
+    where = f"{found.activations}, {console.megabytes(found.activation_bytes)}"
+    rows = [
+        ["blocks", f"{found.blocks}, with {found.block_parameters / 1e6:,.1f} M parameters"],
+        ["parameters", f"{found.parameters / 1e6:,.1f} M"],
+        ["to read", console.megabytes(found.read_bytes)],
+        ["to write", console.megabytes(found.checkpoint_bytes)],
+        ["besides, until it is done", console.megabytes(found.work_bytes)],
+        ["hidden states", f"{where}{' each process' if ranks > 1 else ''}"],
+        ["peak memory", f"{console.megabytes(found.peak_memory_bytes)}{' each process' if ranks > 1 else ''}"],
+        ["time", f"{_duration(found.seconds)}, {found.step_seconds:.3f} s a step"],
+    ]
+    console.table(f"{recipe.method} {recipe.format_name}, not run", ["", ""], rows)
+    console.write_json(json, {"model": model, **found.as_dict(), "recipe": recipe.model_dump()})
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{seconds / 3600:.1f} h"
