@@ -7,11 +7,12 @@ real batch and length, for a few steps. What a block costs follows from that:
     peak memory       = this process's peak after the trial + the hidden states of the samples that were not tried
 
 `pass` is one forward pass over a sample. Each sample makes two of them, three with two branches, and up to 32 samples
-are measured before and after learning. Nothing is written.
+are measured before and after learning. Nothing is written. Where bits are to be divided among linears, the budget
+stands for what they will be, and the pass that measures them is not counted.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -123,8 +124,9 @@ def estimate(
         first = max(place for place in firsts if place <= index)
         like = size / max(1, sizes[first])
         seconds += like * clock.block_seconds(first, steps, mine, batch, streams)
-        checkpoint += like * trial.packed[first]
-        work += like * trial.kept[first]
+        packed = trial.packed[first] if recipe.target_bits is None else sizes[first] * recipe.target_bits / 8
+        checkpoint += like * packed
+        work += like * (packed + trial.kept[first] - trial.packed[first])
     checkpoint += (parameters - sum(sizes)) * storage_dtype.itemsize
     per_sample = store.bytes_expected // (mine * streams)
     held = max(0, mine - batch) * streams * per_sample
@@ -208,6 +210,9 @@ class _Trial(Journal):
         self.packed: dict[int, int] = {}
         self.kept: dict[int, int] = {}
 
+    def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
+        return {}  # finding them takes a pass through the model
+
     def finished(self, place: int) -> bool:
         return place not in self._firsts
 
@@ -218,7 +223,7 @@ class _Trial(Journal):
         return FinishedBlock({}, {}, BlockRecord(place, 0.0, 0.0, "initial"), (), ())
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
-        packed = pack_block(frozen, self._scheme, self._storage_dtype, needs_whole_weights(block, ""))
+        packed = pack_block(frozen, self._scheme.within(path), self._storage_dtype, needs_whole_weights(block, ""))
         packed |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
         self.packed[place] = sum(tensor.nbytes for tensor in packed.values())
         self.kept[place] = self.packed[place] + sum(tensor.nbytes for tensor in finished.tensors().values())
