@@ -9,14 +9,12 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import lrquant
 from lrquant import LrquantError, UsageError
 from lrquant.checkpoints.rundir import run_folder
-from lrquant.watching import Watcher
 from tests.test_resume import IDS, contents, recipe, run
 from tests.tiny import write_tiny
 
@@ -90,37 +88,22 @@ def test_a_read_only_disk_is_refused_before_any_work(mount: Callable[[str], Path
     assert [path.name for path in disk.iterdir()] == ["out"]
 
 
-def test_a_disk_that_becomes_read_only(mount: Callable[[str], Path], tiny: Path, tmp_path: Path) -> None:
-    """As Linux does to a disk with errors."""
-    disk = mount("size=8m")
-
-    class Breaks(Watcher):
-        def block_done(self, record: Any) -> None:
-            if record.index == 1:
-                mount("ro")
-
-    with pytest.raises(LrquantError, match=r"cannot be written .Read-only file system.; 2 finished blocks are kept"):
-        run(tiny, disk / "out", watcher=Breaks())
-    mount("rw")
-    run(tiny, disk / "out")
-    run(tiny, tmp_path / "elsewhere")
-    assert contents(disk / "out") == contents(tmp_path / "elsewhere")
-
-
-def test_a_used_up_quota(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quotas answer EDQUOT where full disks answer ENOSPC; network file systems do it at the fsync."""
+@pytest.mark.parametrize("kind", [errno.EDQUOT, errno.EROFS, errno.EIO], ids=os.strerror)
+def test_a_disk_that_fails_on_the_way(kind: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota is used up; a disk with errors becomes read-only, as Linux does it; a cable is pulled."""
     real, calls = os.fsync, 0
 
     def fsync(handle: int) -> None:
         nonlocal calls
         calls += 1
         if calls > 14:
-            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+            raise OSError(kind, os.strerror(kind))
         real(handle)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(LrquantError, match=r"written .Disk quota exceeded.; [23] finished blocks are kept"):
+        line = rf"cannot be written \({os.strerror(kind)}\); [23] finished blocks are kept"
+        with pytest.raises(LrquantError, match=line):
             run(tiny, tmp_path / "out")
     run(tiny, tmp_path / "out")
     run(tiny, tmp_path / "elsewhere")
