@@ -32,7 +32,7 @@ def recipe(*parts: str, **changes: Any) -> Recipe:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lrquant
 from lrquant import Recipe
 from lrquant.checkpoints import shards
+from lrquant.evaluation import perplexity
 from tests.tiny import SETTINGS, write_tiny
 
 IDS = torch.arange(5, 69)[None]
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
+    with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
 
 
@@ -189,3 +190,13 @@ AutoModelForCausalLM.from_pretrained({str(saved[0])!r})
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
         assert done.returncode != 0
         assert "model type `lrquant`" in done.stderr
+
+
+def test_a_checkpoint_that_was_evaluated_can_be_trained(tiny: Path, tmp_path: Path) -> None:
+    """compressed-tensors caches what a format's integers are: in seven bits, nothing has yet."""
+    lrquant.quantize(str(tiny), Recipe.preset("rtn", wbits=7, abits=7), [IDS], save_dir=tmp_path / "out")
+    loaded = lrquant.load(str(tmp_path / "out"))
+    assert perplexity(loaded, torch.arange(5, 37), 32).windows == 1
+    answer = loaded(inputs_embeds=torch.randn(1, 8, loaded.config.hidden_size, requires_grad=True)).logits
+    assert answer.requires_grad
+    answer.sum().backward()

@@ -28,7 +28,7 @@ def normalized(answer: str) -> str:
     return re.sub(r"\s+", " ", answer).strip().rstrip(".").strip().lower()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_quality(
     model: Any,
     processor: Any,

@@ -20,7 +20,7 @@ class ImageAccuracy:
     pictures: int
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def image_accuracy(
     model: Any,
     processor: Any,

@@ -22,7 +22,7 @@ class Perplexity:
     window_losses: tuple[float, ...] = field(default=(), repr=False)  # mean negative log-likelihood of each window
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def perplexity(
     model: Any,
     ids: Tensor,  # (tokens,)
