@@ -215,7 +215,7 @@ def main(
             forward = run.forward_function(fixed, stream, targets, chosen, graph)
 
             def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
-                terms = plain_loss(*forward(learnables, range(batch)), True)
+                terms = plain_loss(*forward(learnables, range(batch)), "mse+nlc")
                 optimizer.zero_grad()
                 sum(term for term in terms if term is not None).backward()  # type: ignore[union-attr]
                 optimizer.step()

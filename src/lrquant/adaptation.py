@@ -123,6 +123,7 @@ def adapt(
         loss="mse+nlc",
         two_branch=False,
         dynamic_loss=False,
+        tuning_epochs=0,
     )
     storage_dtype = stored_dtype(str(source), trust_remote_code)
     calls = [{"input_ids": row, "use_cache": False} for row in samples]

@@ -21,7 +21,7 @@ from lrquant.calibration.text import evaluation_ids, text_name
 from lrquant.checkpoints import Sizes, load
 from lrquant.checkpoints.identity import difference, folder_digest, identity_of, module_digest
 from lrquant.checkpoints.journal import DiskJournal
-from lrquant.checkpoints.packing import check_layout, outside_tensors
+from lrquant.checkpoints.packing import block_tensors, check_layout, outside_tensors
 from lrquant.checkpoints.rundir import RunDirectory, run_directory, run_folder
 from lrquant.checkpoints.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
 from lrquant.checkpoints.shards import tensor_bytes
@@ -137,7 +137,7 @@ def quantize(
         if isinstance(model_or_path, str | Path):
             base = str(model_or_path)
             streamed = None
-            if saving and not keep_model and not recipe.also:
+            if saving and not keep_model and not recipe.also and not recipe.tuning_epochs:
                 streamed = open_streamed(base, dtype, recipe.towers, trust_remote_code)
             model = streamed[0] if streamed is not None else load_model(base, dtype, trust_remote_code)
             tokenizer = tokenizer or load_processor(base, modality_of(model), trust_remote_code)
@@ -159,7 +159,7 @@ def quantize(
         else:
             samples = [{"input_ids": row, "use_cache": False} for row in calibration]
             recipe = recipe.changed(nsamples=len(samples), calibration="token ids given in memory")
-        keep = not saving or bool(keep_model)
+        keep = not saving or bool(keep_model) or recipe.tuning_epochs > 0
         residence = streamed[1] if streamed is not None else Residence(model, keep)
         journal: Journal = Journal()
         files = Path(tempfile.gettempdir())
@@ -253,7 +253,8 @@ def _saved(
 
     def write(folder: Path) -> None:
         outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
-        groups = itertools.chain(outside, journal.checkpoint_tensors())
+        tuned = block_tensors(model, result, recipe.stored_scheme, storage_dtype)
+        groups = itertools.chain(outside, tuned if result.frozen else journal.checkpoint_tensors())
         write_checkpoint(folder, model, tokenizer, result, recipe, storage_dtype, base, groups, sizes_of)
 
     if not run.is_placed():
@@ -343,6 +344,14 @@ def _notes(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruc
         counts = Counter(recipe.layer_bits.values())
         spread = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
         notes.append(f"Bits of the linears follow from measured errors: {spread} bits; recipe.yaml names each.")
+    if result.tuning is not None:
+        before, after = result.tuning.initial_loss, result.tuning.final_loss
+        notes.append(
+            f"At last, scales and norms were learned for the whole model: its divergence from the original went from "
+            f"{before:.4g} to {after:.4g} nats a token."
+        )
+    elif recipe.tuning_epochs:
+        notes.append("The model answers without logits: it was not tuned as a whole.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(

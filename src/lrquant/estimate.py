@@ -45,6 +45,7 @@ from lrquant.untrusted import weight_files
 from lrquant.watching import Watcher
 
 STEPS = 4  # of learning that are tried
+PASSES_OF_TUNING = 4  # forward passes that a step of tuning takes as long as: forward, again, and backward
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def estimate(
     clock, trial = _Clock(), _Trial(frozenset(firsts), storage_dtype, recipe)
     tokens = recipe.seqlen or 1
     tried = settle(recipe, on, blocks, recipe.nsamples, tokens).changed(
-        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0
+        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0
     )
     tried = tried.model_copy(update={"also": ()})
     opened = time.perf_counter() - began
@@ -124,6 +125,7 @@ def estimate(
         first = max(place for place in firsts if place <= index)
         like = size / max(1, sizes[first])
         seconds += like * clock.block_seconds(first, steps, mine, batch, streams)
+        seconds += like * clock.forward(first, batch) * PASSES_OF_TUNING * mine * recipe.tuning_epochs
         packed = trial.packed[first] if recipe.target_bits is None else sizes[first] * recipe.target_bits / 8
         checkpoint += like * packed
         work += like * (packed + trial.kept[first] - trial.packed[first])
@@ -192,8 +194,12 @@ class _Clock(Watcher):
         ends = self._epochs.get(block, [])
         return median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else 0.0
 
+    def forward(self, block: int, tried: int) -> float:
+        """Seconds of one sample's way through the quantized block."""
+        return (self._ended[block] - self._decided[block]) / tried
+
     def block_seconds(self, block: int, steps: int, samples: int, tried: int, streams: int) -> float:
-        forward = (self._ended[block] - self._decided[block]) / tried  # of one sample
+        forward = self.forward(block, tried)
         measured = 2 * min(samples, MOST_MEASURED) if steps else min(samples, MOST_MEASURED)
         spent = self._done[block] - self._began[block]
         known = len(self._epochs.get(block, [])) * self.step(block) + forward * tried * (streams + (2 if steps else 1))

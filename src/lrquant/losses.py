@@ -1,6 +1,6 @@
-"""Losses between a quantized block's outputs and their full-precision targets.
+"""Losses between a quantized block's outputs, or a quantized model's, and their full-precision targets.
 
-All take (samples, tokens, hidden) and return a scalar, a mean over all samples and tokens of the step.
+All take (samples, tokens, width) and return a scalar, a mean over all samples and tokens of the step.
 Sums are accumulated in float32 at least.
 """
 
@@ -32,6 +32,12 @@ def mean_cosine(output: Tensor, target: Tensor) -> Tensor:
 def nlc_of(cosine: Tensor) -> Tensor:
     """NLC of a mean cosine."""
     return -cosine.abs().clamp_min(EPSILON).log()
+
+
+def divergence(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of KL(p ‖ q) in nats, between what two models' logits say; the target's is p."""
+    found, wanted = _wide(output).log_softmax(-1), _wide(target).log_softmax(-1)
+    return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
 
 def _wide(x: Tensor) -> Tensor:

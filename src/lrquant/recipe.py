@@ -91,6 +91,11 @@ class Recipe(BaseModel):
     )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
 
+    tuning_epochs: int = Field(
+        0, ge=0, le=10_000, description="Passes over the samples in which the whole model's scales are learned at last"
+    )
+    tuning_lr: float = Field(1e-3, gt=0, le=1, description="Learning rate of that, for factors that start at one")
+
     # The calibration samples and the machine.
     calibration: str = Field("wikitext2", description="Data set or file the samples come from")
     nsamples: int = Field(128, ge=1, le=1_000_000, description="Calibration samples")
@@ -301,6 +306,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "learned",
         "epochs": 24,
         "batch_size": 8,
+        "tuning_epochs": 4,
         "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
     },
 }

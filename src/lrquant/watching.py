@@ -28,6 +28,9 @@ class Watcher:
 
     def block_done(self, record: "BlockRecord") -> None: ...
 
+    def tuned(self, done: int, epochs: int, loss: float) -> None:
+        """After all blocks, where the whole is learned at last: so many epochs are done, none at first."""
+
 
 class Watchers(Watcher):
     """Tells several watchers."""
@@ -62,3 +65,7 @@ class Watchers(Watcher):
     def block_done(self, record: "BlockRecord") -> None:
         for watcher in self.watchers:
             watcher.block_done(record)
+
+    def tuned(self, done: int, epochs: int, loss: float) -> None:
+        for watcher in self.watchers:
+            watcher.tuned(done, epochs, loss)

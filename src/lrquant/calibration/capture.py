@@ -104,8 +104,8 @@ def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 @contextmanager
-def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
-    """Within, block i answers a call with `record(i, block's own forward, hidden, arguments)`."""
+def answering(blocks: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
+    """Within, block i answers a call with `answer(i, block's own forward, hidden states, other arguments by name)`."""
     originals = [block.forward for block in blocks]
     try:
         for index, block in enumerate(blocks):
@@ -113,7 +113,7 @@ def _recording(blocks: Sequence[nn.Module], record: Any) -> Iterator[None]:
 
             def recorder(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
                 hidden, named = _by_name(_original, args, kwargs)
-                return record(_index, _original, hidden, named)
+                return answer(_index, _original, hidden, named)
 
             block.forward = recorder  # type: ignore[method-assign]
         yield
@@ -161,7 +161,7 @@ def capture(
             raise _Enough
         return states if behind is None else (states, *behind)
 
-    with _recording(blocks, record):
+    with answering(blocks, record):
         for sample in samples:
             try:
                 model(**sample)

@@ -171,6 +171,13 @@ def quantize(
     rounding_lr: Annotated[
         float | None, typer.Option(help="Learning rate of rounding.", show_default="by the steps")
     ] = None,
+    tuning_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes over the samples in which the whole model's scales and norms are learned at last.",
+            show_default="0; lrquant-max: 4",
+        ),
+    ] = None,
     early_stop: Annotated[
         float | None,
         typer.Option(help="Leave a block when two epochs lowered its loss by less than this share.", metavar="SHARE"),
@@ -278,6 +285,7 @@ def quantize(
         "rounding_lr": rounding_lr,
         "orthogonal": orthogonal and tuple(orthogonal.split(",")),
         "orthogonal_kind": orthogonal_kind,
+        "tuning_epochs": tuning_epochs,
         "early_stop": early_stop,
         "loss": loss and loss.value,
         "two_branch": two_branch,

@@ -37,6 +37,11 @@ def using(kernels: str) -> Iterator[None]:
         _CHOSEN.reset(token)
 
 
+def chosen() -> str:
+    """The kernels that fake quantization runs with here."""
+    return _CHOSEN.get()
+
+
 def quantize(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.quantize_rows` by the chosen kernels."""
     if torch.compiler.is_compiling():  # into a larger graph (lrquant.reconstruction.graphs)

@@ -8,6 +8,8 @@
 The activation store holds both streams once (a third time per block for the two-branch loss); a stream
 is overwritten sample by sample as it advances.
 
+Once all blocks are done, the scales of the whole may be learned together (tuning.py).
+
 A block that an earlier run finished (journal.py) is run through as it was left: x ← f(x; W), x̂ ← f(x̂; frozen).
 
 A model with several stages (Swin's resolutions, the towers of a multimodal model) goes through the loop stage
@@ -36,6 +38,7 @@ from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention, set_whole
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.allocation import Allocation
+from lrquant.reconstruction.beginning import begin, frozen_again
 from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.journal import FinishedBlock, Journal
@@ -43,20 +46,13 @@ from lrquant.reconstruction.learning import Learnables, or_present
 from lrquant.reconstruction.orthogonal import Rotated, rotate
 from lrquant.reconstruction.outside import Outside, chosen_modules, round_outside
 from lrquant.reconstruction.parameters import (
-    BlockParameters,
     FrozenBlock,
     freeze,
-    initial_clipping,
-    initial_offsets,
-    initial_rotation,
-    initial_smoothing,
-    sharing_inputs,
 )
 from lrquant.reconstruction.preparation import (
     check_finite,
     check_fits,
     check_group_size,
-    choose_shifts,
     enabled_equivalences,
     linear_input_args,
 )
@@ -65,6 +61,7 @@ from lrquant.reconstruction.residence import Residence, held
 from lrquant.reconstruction.solving import solve
 from lrquant.reconstruction.speed import settle
 from lrquant.reconstruction.store import ActivationStore, Stream
+from lrquant.reconstruction.tuning import Tuning, Whole, tune
 from lrquant.reconstruction.view import BlockView, Decided
 from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
 from lrquant.transforms.statistics import ChannelStatistics
@@ -77,7 +74,7 @@ class Reconstruction:
 
     recipe: Recipe  # as it was carried out: what it left to the machine is decided
     block_paths: list[str]  # in the order that data flows
-    frozen: list[FrozenBlock] = field(default_factory=list)  # empty where a journal keeps them
+    frozen: list[FrozenBlock] = field(default_factory=list)  # empty where a journal keeps them as they are
     learned: list[Learnables] = field(default_factory=list)
     statistics: list[dict[str, ChannelStatistics]] = field(default_factory=list)
     records: list[BlockRecord] = field(default_factory=list)
@@ -86,6 +83,7 @@ class Reconstruction:
     rotated: Rotated = field(default_factory=Rotated)
     attention_quantized: bool = False
     outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
+    tuning: Tuning | None = None  # what came of learning the whole at last
 
     @property
     def needs_lrquant(self) -> bool:
@@ -189,6 +187,9 @@ def reconstruct(
             restored = journal.restore(place, block) if journal.finished(place) else None
             untouched = present.blocks[place] if present and place not in present.relearned else None
             if restored is not None or untouched is not None:
+                if restored is not None and recipe.tuning_epochs:
+                    again = frozen_again(block, path, equivalences, restored[0], recipe, storage_dtype)
+                    result.frozen.append(again.cpu())
                 _, flat = run.advance_full_precision(target_stream)
                 result.flat_inputs |= {f"{path}.{name}" for name in flat}
                 _replace(block, restored[1] if restored is not None else untouched)  # type: ignore[arg-type]
@@ -209,21 +210,7 @@ def reconstruct(
             statistics, flat = run.advance_full_precision(target_stream)
             if given_statistics is not None:
                 statistics = {name: _moved(value, device) for name, value in given_statistics[place].items()}
-            shifted, slots = choose_shifts(block, equivalences, recipe.shift)
-            start: Learnables = {}
-            if recipe.let:
-                fixed = BlockParameters.of(block, equivalences, scheme.within(path), storage_dtype)
-                start |= initial_smoothing(fixed, statistics, recipe.init, recipe.alpha, shifted)
-            add_bias_slots(block, slots)
-            fixed = BlockParameters.of(block, equivalences, scheme.within(path), storage_dtype)
-            fixed = replace(fixed, together=sharing_inputs(statistics))
-            if recipe.lwc and scheme.weights:
-                start |= initial_clipping(fixed)
-            if recipe.rotation and scheme.weights:
-                generator = torch.Generator().manual_seed(recipe.seed + place)
-                start |= initial_rotation(fixed, recipe.rotation_rank, generator)
-            if recipe.rounding == "learned" and scheme.weights:
-                start |= initial_offsets(fixed)
+            fixed, start, slots = begin(block, path, place, equivalences, statistics, recipe, storage_dtype)
             if start_from is not None:
                 if len(start_from) != len(paths):
                     raise UsageError(f"saved parameters of {len(start_from)} blocks for a model of {len(paths)}")
@@ -274,9 +261,15 @@ def reconstruct(
             result.add(path, finished)
             if learned.outcome != "kept present":
                 journal.block_done(place, path, block, finished, frozen)
-                if not journal.keeps_frozen:
-                    result.frozen.append(frozen_on_cpu(frozen))
+                if recipe.tuning_epochs or not journal.keeps_frozen:
+                    result.frozen.append(frozen.cpu())
         watcher.block_done(record)
+    if recipe.tuning_epochs:
+        del quantized_stream
+        whole = Whole(model, result.block_paths, result.frozen, storage_dtype, device)
+        with ExitStack() as quantized:
+            _quantize_activations(quantized, model, result, recipe, attention_args, len(paths))
+            result.frozen, result.tuning = tune(whole, samples, target_stream, recipe, watcher.tuned, ranks)
     result.outside = round_outside(model, recipe, everything[0], storage_dtype)
     return result
 
@@ -312,12 +305,23 @@ def _behind_quantized(
 ) -> Stream:
     """What `stage` receives from the `done` blocks quantized so far, their activations quantized too."""
     with ExitStack() as quantized:
-        for path in result.block_paths[:done]:
-            block = model.get_submodule(path)
-            flat = flat_inputs_within(result, path)
-            inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat)
-            quantized.enter_context(quantized_activations(block, inputs, attention_args))
+        _quantize_activations(quantized, model, result, recipe, attention_args, done)
         return capture(model, stage.blocks(model), samples, store.stream).hidden
+
+
+def _quantize_activations(
+    quantized: ExitStack,
+    model: nn.Module,
+    result: Reconstruction,
+    recipe: Recipe,
+    attention_args: QuantizationArgs | None,
+    done: int,
+) -> None:
+    """Until `quantized` is left, the first `done` blocks run with quantized activations."""
+    for path in result.block_paths[:done]:
+        block = model.get_submodule(path)
+        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat_inputs_within(result, path))
+        quantized.enter_context(quantized_activations(block, inputs, attention_args))
 
 
 def _shared(inputs: BlockInputs, ranks: Ranks) -> bool:
@@ -331,19 +335,6 @@ def _shared(inputs: BlockInputs, ranks: Ranks) -> bool:
 def flat_inputs_within(result: Reconstruction, path: str) -> set[str]:
     """Names, within the block at `path`, of the linears that see (tokens, width)."""
     return {name.removeprefix(f"{path}.") for name in result.flat_inputs if name.startswith(f"{path}.")}
-
-
-def frozen_on_cpu(frozen: FrozenBlock) -> FrozenBlock:
-    weights = {
-        name: weight._replace(
-            integers=weight.integers.cpu(),
-            scale=weight.scale.cpu(),
-            zero=None if weight.zero is None else weight.zero.cpu(),
-            whole=None if weight.whole is None else weight.whole.cpu(),
-        )
-        for name, weight in frozen.weights.items()
-    }
-    return replace(frozen, weights=weights, dense={name: tensor.cpu() for name, tensor in frozen.dense.items()})
 
 
 def _moved(statistics: ChannelStatistics, device: torch.device) -> ChannelStatistics:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.distributed import ALONE, Ranks
-from lrquant.losses import RunningBalance, mean_cosine, mse, nlc_of
+from lrquant.losses import RunningBalance, divergence, mean_cosine, mse, nlc_of
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.records import Outcome
 from lrquant.transforms.smoothing import LEAST_SCALE
@@ -25,6 +25,9 @@ ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.5, 0.02
 FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
+
+# What a loss is made of: means over samples, which ranks can add up.
+MEANS = {"mse": (mse,), "mse+nlc": (mse, mean_cosine), "divergence": (divergence,)}
 
 Learnables = dict[str, Tensor]
 # (learnables, indices of this rank's samples) → (outputs, [targets…]); one target per branch
@@ -45,30 +48,28 @@ class Learned:
 
 
 def plain_loss(
-    output: Tensor, targets: Sequence[Tensor], with_nlc: bool, ranks: Ranks = ALONE, share: float = 1.0
+    output: Tensor, targets: Sequence[Tensor], kind: str, ranks: Ranks = ALONE, share: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """(Σ MSE, Σ NLC or None) over the branches' targets, of a batch of which this rank holds `share`."""
-    means = [mse(output, target) for target in targets]
-    if with_nlc:
-        means += [mean_cosine(output, target) for target in targets]
-    return _terms(ranks.mean(torch.stack(means), share), with_nlc)
+    """(Σ MSE or divergence, Σ NLC or None) over the targets, of a batch of which this rank holds `share`."""
+    means = [mean(output, target) for mean in MEANS[kind] for target in targets]
+    return _terms(ranks.mean(torch.stack(means), share), kind)
 
 
-def _terms(means: Tensor, with_nlc: bool) -> tuple[Tensor, Tensor | None]:
-    """From the batch's (MSEs, then mean cosines where they count): one of each per branch."""
-    squared, cosines = means.chunk(2) if with_nlc else (means, ())
-    return sum(squared), sum(map(nlc_of, cosines)) if with_nlc else None  # type: ignore[return-value]
+def _terms(means: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    """From the batch's means (mean cosines come second): one of each per target."""
+    first, *cosines = means.chunk(len(MEANS[kind]))
+    return sum(first), sum(map(nlc_of, cosines[0])) if cosines else None  # type: ignore[return-value]
 
 
 def batch_loss(
-    forward: Forward, learnables: Learnables, part: Sequence[int], recipe: Recipe, ranks: Ranks
+    forward: Forward, learnables: Learnables, part: Sequence[int], recipe: Recipe, ranks: Ranks, kind: str
 ) -> tuple[Tensor, Tensor | None]:
     """`plain_loss` over the samples `part`, the same on every rank; a rank may hold none of them."""
-    mine, with_nlc = ranks.own(part), recipe.loss == "mse+nlc"
+    mine = ranks.own(part)
     if mine:
-        return plain_loss(*forward(learnables, mine), with_nlc, ranks, len(mine) / len(part))
-    nothing = torch.zeros((1 + recipe.two_branch) * (1 + with_nlc), device=ranks.device)
-    return _terms(ranks.mean(nothing, 0.0), with_nlc)
+        return plain_loss(*forward(learnables, mine), kind, ranks, len(mine) / len(part))
+    nothing = torch.zeros((1 + recipe.two_branch) * len(MEANS[kind]), device=ranks.device)
+    return _terms(ranks.mean(nothing, 0.0), kind)
 
 
 def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
@@ -85,14 +86,20 @@ def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
 
 @torch.no_grad()
 def measure(
-    forward: Forward, learnables: Learnables, samples: int, batch: int, recipe: Recipe, ranks: Ranks = ALONE
+    forward: Forward,
+    learnables: Learnables,
+    samples: int,
+    batch: int,
+    recipe: Recipe,
+    ranks: Ranks = ALONE,
+    kind: str | None = None,
 ) -> float:
-    """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
+    """Mean loss (of `kind`; None: the recipe's) over up to `MOST_MEASURED` samples, spread evenly."""
     chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
     total = 0.0
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
-        squared, direction = batch_loss(forward, learnables, part, recipe, ranks)
+        squared, direction = batch_loss(forward, learnables, part, recipe, ranks, kind or recipe.loss)
         total += float(squared if direction is None else squared + direction) * len(part)
     return total / len(chosen)
 
@@ -106,13 +113,14 @@ def learn(
     seed: int,
     told: Callable[[int, float], None],
     ranks: Ranks = ALONE,
+    kind: str | None = None,
 ) -> Learned:
-    """Minimise the recipe's loss over `samples` from `initial`; `told(epoch, loss)` hears of every epoch.
+    """Minimise the loss `kind` (None: the recipe's) over `samples` from `initial`; `told(epoch, loss)` of every epoch.
 
     `samples` and `batch` count those of all ranks.
     """
-    before = measure(forward, initial, samples, batch, recipe, ranks)
-    if not recipe.learns or not initial:
+    before = measure(forward, initial, samples, batch, recipe, ranks, kind)
+    if not recipe.epochs or not initial:
         return Learned(initial, "initial", before, before, [], 0)
 
     current = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
@@ -128,7 +136,7 @@ def learn(
         total = torch.zeros((), device=device)
         for start in range(0, samples, batch):
             part = sorted(order[start : start + batch])
-            squared, direction = batch_loss(forward, current, part, recipe, ranks)
+            squared, direction = batch_loss(forward, current, part, recipe, ranks, kind or recipe.loss)
             terms = [squared] if direction is None else [squared, direction]
             loss = balance(*terms) if balance else sum(terms)
             optimizer.zero_grad()
@@ -158,11 +166,11 @@ def learn(
         optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
 
     final = _copy(current)
-    after = measure(forward, final, samples, batch, recipe, ranks)
+    after = measure(forward, final, samples, batch, recipe, ranks, kind)
     outcome: Outcome = "learned"
     if not after <= before:  # also when `after` is NaN
         final, outcome = best, "best epoch"
-        after = measure(forward, final, samples, batch, recipe, ranks)
+        after = measure(forward, final, samples, batch, recipe, ranks, kind)
     if not after <= before:
         final, outcome, after = initial, "kept initial", before
     return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
@@ -224,12 +232,14 @@ def _optimizer(
     clipping = [tensor for name, tensor in learnables.items() if name.endswith((".clip_low", ".clip_high"))]
     rotation = [tensor for name, tensor in learnables.items() if ".rotation" in name]
     offsets = [tensor for name, tensor in learnables.items() if name.endswith(".offset")]
+    factors = [tensor for name, tensor in learnables.items() if name.endswith(".factor")]
     per_epoch = math.ceil(samples / batch)
     let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
     groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": clipping, "lr": lwc_lr * factor}]
     # A rotation multiplies weights that start at one: it keeps the papers' rate however few the steps.
     groups.append({"params": rotation, "lr": min(lwc_lr, PAPER_LWC_LR) * factor})
     groups.append({"params": offsets, "lr": rounding_rate(recipe, recipe.epochs * per_epoch) * factor})
+    groups.append({"params": factors, "lr": recipe.tuning_lr * factor})
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
     steps = max(1, recipe.epochs - done) * per_epoch
     if recipe.schedule == "cosine":

@@ -251,6 +251,19 @@ class FrozenBlock:
                 if isinstance(value, Tensor) and value.is_floating_point():
                     yield f"{linear}.{part}", value
 
+    def cpu(self) -> "FrozenBlock":
+        """The same in host memory."""
+        weights = {
+            name: weight._replace(
+                integers=weight.integers.cpu(),
+                scale=weight.scale.cpu(),
+                zero=None if weight.zero is None else weight.zero.cpu(),
+                whole=None if weight.whole is None else weight.whole.cpu(),
+            )
+            for name, weight in self.weights.items()
+        }
+        return replace(self, weights=weights, dense={name: tensor.cpu() for name, tensor in self.dense.items()})
+
     def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """As `quantized_parameters`, from what the checkpoint holds."""
         result = {name: tensor.to(dtype) for name, tensor in self.dense.items()}
