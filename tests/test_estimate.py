@@ -56,7 +56,7 @@ def test_bytes_are_what_is_read_and_written(
     tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=5, tie_word_embeddings=False)
     epochs = {} if changes["method"] == "rtn" else {"epochs": 1}
     text = text_file(tmp_path)
-    recipe = Recipe.preset(**changes, calibration=text, nsamples=4, seqlen=32, batch_size=2, **epochs)
+    recipe = Recipe.preset(**changes, calibration=text, nsamples=4, seqlen=32, batch_size=2, tuning_epochs=0, **epochs)
     guessed = estimate(str(tiny), recipe)
     read: list[int] = []
     real = Streamed._stored

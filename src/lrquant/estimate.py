@@ -85,7 +85,9 @@ def estimate(
     memory = PeakMemory()
     on = pick_device(device)
     dtype = compute_dtype(recipe.dtype, on)
-    streamed = None if recipe.also else open_streamed(model, dtype, recipe.towers, trust_remote_code)
+    streamed = (
+        None if recipe.also or recipe.tuning_epochs else open_streamed(model, dtype, recipe.towers, trust_remote_code)
+    )
     whole = streamed[0] if streamed is not None else load_model(model, dtype, trust_remote_code)
     if getattr(whole.config, "quantization_config", None):
         raise UsageError(f"{model}: already quantized; quantize the original model")
@@ -135,6 +137,7 @@ def estimate(
     in_memory = store.where == "host" if on.type != "cpu" else store.where != "disk"
     counted = in_memory if on.type == "cpu" else store.where == "device"
     head = 0 if streamed is None else min(MOST_BYTES, int(checkpoint))
+    integers = sum(sizes) if recipe.tuning_epochs else 0  # of the whole model, a byte each
     folder = fetched_folder(model)
     return Estimate(
         blocks=len(blocks),
@@ -145,7 +148,7 @@ def estimate(
         work_bytes=int(work),
         activations=store.where,
         activation_bytes=store.bytes_expected,
-        peak_memory_bytes=memory.peak_bytes() + (held if counted else 0) + (head if on.type == "cpu" else 0),
+        peak_memory_bytes=memory.peak_bytes() + integers + (held if counted else 0) + (head if on.type == "cpu" else 0),
         step_seconds=clock.step(firsts[0]),
         seconds=seconds,
     )

@@ -306,7 +306,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rounding": "learned",
         "epochs": 24,
         "batch_size": 8,
-        "tuning_epochs": 4,
         "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
     },
 }
@@ -339,9 +338,9 @@ FLOATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"quantize_attention": False, "rotation": False},
 }
 
-# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published, and beside
-# learned rounding LRQuant+'s parts bring nothing more.
+# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published; beside
+# learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "omniquant": {"let": False},
-    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False},
+    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
 }

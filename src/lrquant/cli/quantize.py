@@ -175,7 +175,7 @@ def quantize(
         int | None,
         typer.Option(
             help="Passes over the samples in which the whole model's scales and norms are learned at last.",
-            show_default="0; lrquant-max: 4",
+            show_default="0; lrquant-max, weights alone: 4",
         ),
     ] = None,
     early_stop: Annotated[
