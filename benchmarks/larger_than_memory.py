@@ -120,13 +120,22 @@ def limited(limit: int, *arguments: object) -> dict[str, Any]:
 
 
 @app.command(hidden=True)
-def work(model: Path, save_dir: Path, method: str, samples: int, tokens: int, activations: str) -> None:
+def work(
+    model: Path,
+    save_dir: Path,
+    method: str,
+    samples: int,
+    tokens: int,
+    activations: str,
+    report: Annotated[bool, typer.Argument()],
+) -> None:
     memory, began = PeakMemory(), time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(4000, (1, tokens), generator=generator) for _ in range(samples)]
     epochs = {"epochs": 1} if method == "lrquant" else {}
     recipe = Recipe.preset(method, wbits=4, abits=4, batch_size=4, kernels="eager", **epochs)
-    done = quantize(str(model), recipe, ids, save_dir, device="cpu", activations=activations)  # type: ignore[arg-type]
+    how: Any = {"device": "cpu", "activations": activations, "report": report}
+    done = quantize(str(model), recipe, ids, save_dir, **how)
     seconds = time.perf_counter() - began
     print(json.dumps({"peak": memory.peak_bytes(), "seconds": seconds, "written": done.sizes.checkpoint_bytes}))
 
@@ -142,6 +151,7 @@ def sizes(
     limit: Limit = 2.0,
     samples: int = 4,
     tokens: int = 64,
+    report: Annotated[bool, typer.Option(help="With the report that the command line makes.")] = False,
     results: Annotated[Path, typer.Option(help="Rows are added to this file.")] = Path("larger_than_memory.json"),
     figure: Path | None = None,
 ) -> None:
@@ -152,7 +162,7 @@ def sizes(
         for path in (model, out):
             shutil.rmtree(path, ignore_errors=True)
         size = write_llama(model, count)
-        found = limited(int(limit * 1e9), model, out, "lrquant", samples, tokens, "auto")
+        found = limited(int(limit * 1e9), model, out, "lrquant", samples, tokens, "auto", report)
         row = {"blocks": count, "model": size, **found}
         rows.append(row)
         results.write_text(json.dumps(rows, indent=1))
@@ -192,7 +202,7 @@ def stores(folder: Folder, limit: Limit = 2.0, blocks: int = 4, samples: int = 3
     for where in ("device", "host", "disk"):
         out = folder / f"out-{where}"
         shutil.rmtree(out, ignore_errors=True)
-        row = limited(int(limit * 1e9), model, out, "smoothquant", samples, tokens, where)
+        row = limited(int(limit * 1e9), model, out, "smoothquant", samples, tokens, where, False)
         print(f"| {where} | {row['peak'] / 1e6:.0f} MB | {row['seconds']:.0f} s |", flush=True)
         shutil.rmtree(out)
     shutil.rmtree(model)

@@ -58,7 +58,7 @@ def test_only_the_last_block_changes_and_it_answers_better(quantized: Path, tiny
     assert all(name.startswith("model.layers.1.") for name in changed)
     after = contents(tmp_path / "out")
     assert after.keys() - before.keys() == {ADAPTATION_FILE}
-    assert {name for name in before if after[name] != before[name]} == {"model.safetensors", "README.md"}
+    assert {name for name in before if after[name] != before[name]} == {"model.safetensors", "SHA256SUMS", "README.md"}
     assert "adapted to" in (tmp_path / "out" / "README.md").read_text()
     assert not torch.equal(logits(tmp_path / "out"), answers)
 

@@ -200,3 +200,21 @@ def test_peers_measure_as_lrquant_does(tmp_path: Path, monkeypatch: pytest.Monke
 
     save_file({"scale": torch.zeros(3), "packed": torch.zeros(5, dtype=torch.int32)}, tmp_path / "model.safetensors")
     assert job.checkpoint_bytes(tmp_path) == 3 * 2 + 5 * 4
+
+
+def test_larger_than_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    larger = script("larger_than_memory", monkeypatch)
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_key_value_heads": 1}
+    monkeypatch.setattr(larger, "SHAPE", shape)
+    figure, results = tmp_path / "memory.svg", tmp_path / "rows.json"
+    larger.sizes(tmp_path, [3], 2.0, 2, 32, False, results, figure)
+    (row,) = json.loads(results.read_text())
+    assert 100e6 < row["peak"] < 2e9
+    assert row["model"] > 3 * 5e6
+    assert capsys.readouterr().out.count("GB |") == 2
+    assert "svg" in figure.read_text()[:200]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.svg", "rows.json"]
+    with pytest.raises(SystemExit, match="ended with"):  # the limit is a limit
+        larger.sizes(tmp_path, [3], 0.1, 2, 32, False, results)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import lrquant
 from lrquant import LrquantError, Recipe, UsageError
 from lrquant.checkpoints.rundir import run_folder
 from lrquant.distributed import ALONE, LostRank, Ranks, check_batch, join
-from lrquant.reconstruction import solving
+from lrquant.reconstruction import allocation, solving
 from lrquant.reconstruction.learning import learn, shuffled
+from lrquant.watching import Watcher
 from tests.children import start, wait
+from tests.cli.run import lrquant as lrquant_here
 from tests.tiny import write_tiny
 
 IDS = [torch.arange(first, first + 32)[None] for first in range(100, 900, 100)]  # eight samples
@@ -100,6 +103,7 @@ def quantized_on(ranks: Ranks, tiny: Path, recipe: Recipe, folder: Path) -> dict
     found = lrquant.evaluate(result.model, [text_file(folder)], 32, 7, result.tokenizer)
     (perplexity,) = found.values()
     return {
+        "bits": result.recipe.layer_bits,
         "perplexity": perplexity.value,
         "windows": list(perplexity.window_losses),
         "cosine": [record.cosine for record in result.records],
@@ -118,7 +122,13 @@ def quantized_on(ranks: Ranks, tiny: Path, recipe: Recipe, folder: Path) -> dict
 @pytest.mark.parametrize(
     ("changes", "close"),
     # Rounding that is learned or that compensates takes a flipped integer further: such runs stay close, not the same.
-    [({"method": "lrquant"}, 1e-4), ({"method": "lrquant-max"}, 0.05), ({"rounding": "gptq"}, 0.05)],
+    [
+        ({"method": "lrquant"}, 1e-4),
+        ({"orthogonal": ("stream", "values")}, 1e-4),
+        ({"target_bits": 3.5, "group_size": 32}, 1e-4),
+        ({"method": "lrquant-max"}, 0.05),
+        ({"rounding": "gptq"}, 0.05),
+    ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_a_model_is_the_same_on_1_2_and_4_ranks(changes: dict[str, Any], close: float, tmp_path: Path) -> None:
@@ -131,6 +141,7 @@ def test_a_model_is_the_same_on_1_2_and_4_ranks(changes: dict[str, Any], close: 
         work = functools.partial(quantized_on, tiny=tiny, recipe=recipe, folder=tmp_path)
         first, *others = on_ranks(world, work, tmp_path)
         assert all(other == first for other in others)  # every rank knows everything
+        assert first["bits"] == alone["bits"]
         for mine, theirs in zip(first["statistics"], alone["statistics"], strict=True):
             assert mine[0] == pytest.approx(theirs[0], rel=1e-5)
             assert mine[1] == pytest.approx(theirs[1], rel=1e-4, abs=1e-5)
@@ -140,6 +151,32 @@ def test_a_model_is_the_same_on_1_2_and_4_ranks(changes: dict[str, Any], close: 
             # Four steps of 1e-4: an offset whose gradient is next to nothing may still go the other way.
             if close == 1e-4:
                 assert sum(abs(a - b) for a, b in zip(mine, theirs, strict=True)) / len(mine) < 2e-6
+
+
+def test_ranks_divide_what_bits_are_worth_and_choose_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when one of them went on from an interrupted run's choice: then nothing is measured."""
+    tiny = write_tiny(tmp_path / "tiny")
+    recipe = Recipe.preset("rtn", wbits=4, target_bits=4.5, group_size=32)
+    real, measured = allocation._error, [0]
+
+    def error(*arguments: Any) -> float:
+        measured[0] += 1
+        return real(*arguments)
+
+    monkeypatch.setattr(allocation, "_error", error)
+
+    class Stops(Watcher):
+        def started(self, blocks: int, epochs: int) -> None:
+            raise KeyboardInterrupt
+
+    def work(ranks: Ranks) -> Any:
+        measured[0] = 0
+        result = lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / f"out{ranks.world}")
+        return [measured[0], result.recipe.layer_bits]
+
+    everything, bits = work(ALONE)
+    assert everything == 2 * 4 * 6  # blocks, units, candidates
+    assert on_ranks(2, work, tmp_path) == [[everything // 2, bits]] * 2
 
 
 def test_work_that_cannot_be_divided_is_refused() -> None:
@@ -167,9 +204,11 @@ def test_ranks_that_were_given_different_samples_are_told(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dead", [0, 1])
 def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first rank holds the lock and writes; the other only learns."""
     tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=3)
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, epochs=1, batch_size=4)
     real, learned = solving.learn, []
@@ -177,7 +216,7 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
 
     def dies(forward: Any, begin: Any, samples: int, batch: int, recipe: Recipe, seed: int, *rest: Any) -> Any:
         learned.append(seed)
-        if here.rank == 1 and seed == 2:
+        if here.rank == dead and here.world == 2 and seed == 2:
             os._exit(9)
         return real(forward, begin, samples, batch, recipe, seed, *rest)
 
@@ -187,13 +226,15 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
         nonlocal here
         os.environ.update(RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
         here = join(torch.device("cpu"))
-        with pytest.raises(LrquantError, match="2 finished blocks are kept: the same command goes on") as failed:
+        with pytest.raises(LrquantError, match="another rank ended") as failed:
             lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / "out")
-        assert isinstance(failed.value.__cause__, LostRank)
+        if here.first:
+            assert str(failed.value).endswith("2 finished blocks are kept: the same command goes on from there")
+            assert isinstance(failed.value.__cause__, LostRank)
 
     began, port = time.monotonic(), free_port()
     children = [start(functools.partial(work, rank, port)) for rank in (0, 1)]
-    assert [wait(child) for child in children] == [0, 9]
+    assert [wait(child) for child in children] == ([9, 0] if dead == 0 else [0, 9])
     assert time.monotonic() - began < 60
     assert not (tmp_path / "out").exists()
     assert run_folder(tmp_path / "out").is_dir()
@@ -208,11 +249,14 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
     assert math.isfinite(perplexity.value)
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+
+
 def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+    command = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
     return subprocess.run(
-        [*command, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
 
 
@@ -232,3 +276,57 @@ def test_torchrun_on_the_command_line(tmp_path: Path) -> None:
     assert done.stdout.count("3 windows of 32") == 1
     assert done.stderr.count("block 2/2") == 1
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "tiny"]
+    again = torchrun(tmp_path, "-m", "lrquant", "eval", "out", "--ppl", text, "--seqlen", 32, "--json", "two.json")
+    assert again.returncode == 0, again.stderr
+    alone = lrquant_here("eval", "out", "--ppl", text, "--seqlen", 32, "--json", "one.json", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["evaluation"] == one["evaluation"]
+    for name, value in one["perplexity"].items():
+        assert two["perplexity"][name] == pytest.approx(value, rel=1e-6)
+
+
+def ranks_below(process: int) -> dict[int, int]:
+    """Process ids by rank of what torchrun, as `process`, has started."""
+    found = {}
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        facts = dict(
+            each.split("=", 1) for each in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in each
+        )
+        if "RANK" in facts:
+            found[int(facts["RANK"])] = int(child)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are found in /proc")
+def test_two_machines_of_which_one_loses_its_rank(tmp_path: Path) -> None:
+    """Two torchruns that meet by a port stand for two machines; the run goes on without torchrun."""
+    write_tiny(tmp_path / "tiny", num_hidden_layers=4)
+    command = ["quantize", "tiny", "--save-dir", "out", "--calib", text_file(tmp_path), "--nsamples", 4]
+    command += ["--seqlen", 32, "--batch-size", 2, "--epochs", 100, "--kernels", "eager", "--no-report"]
+    meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    machines = [
+        subprocess.Popen(
+            [*TORCHRUN, *meet, "--nproc-per-node", "1", "-m", "lrquant", *map(str, command)],
+            cwd=tmp_path,
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    while not (run_folder(tmp_path / "out") / "00000.json").exists():
+        assert all(machine.poll() is None for machine in machines)
+        time.sleep(0.02)
+    ranks = {rank: process for machine in machines for rank, process in ranks_below(machine.pid).items()}
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[1], signal.SIGKILL)
+    said = "".join(machine.communicate(timeout=90)[1] for machine in machines)
+    assert all(machine.returncode != 0 for machine in machines)
+    assert "rank 0: another rank ended or cannot be reached" in said
+    assert "Signal 9 (SIGKILL) received" in said
+    assert not (tmp_path / "out").exists()
+    alone = lrquant_here(*command, cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -45,6 +45,16 @@ class Block:
     not_run: str  # why; empty: it is run
 
 
+def test_the_tests_that_reliability_names_exist() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    known = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    names = set(re.findall(r"`(test_\w+)`", page))
+    assert len(names) > 25
+    assert [name for name in sorted(names) if f"def {name}(" not in known] == []
+    files = set(re.findall(r"`([\w/]+\.py)`", page))
+    assert [file for file in sorted(files) if not (ROOT / "tests" / file).is_file()] == []
+
+
 def blocks(page: Path) -> list[Block]:
     pattern = r"(?:<!-- not run: (?P<why>[^>]*?) -->\n)?^```(?P<language>bash|python)\n(?P<code>.*?)^```"
     found = re.finditer(pattern, page.read_text(), re.S | re.M)

@@ -24,6 +24,8 @@ from lrquant.errors import Interrupted
 from lrquant.reconstruction import solving
 from lrquant.watching import Watcher
 from tests.children import die_now, start, wait
+from tests.cli.run import lrquant as lrquant_here
+from tests.cli.run import started
 from tests.tiny import SETTINGS, write_tiny
 
 KILLS = 10  # by the clock, and as many at a write
@@ -201,6 +203,13 @@ class Stops(Watcher):
             raise self.how
 
 
+class Dies(Watcher):
+    """Kills its process when a block is done."""
+
+    def block_done(self, record: Any) -> None:
+        die_now()
+
+
 def run(tiny: Path, save_dir: Path, restart: bool = False, watcher: Watcher | None = None, **changes: Any) -> Any:
     """The same samples every time, tokenized."""
     return lrquant.quantize(
@@ -230,20 +239,48 @@ FORMATS: list[dict[str, Any]] = [
     {"method": "lrquant+", "rotation_rank": 2},
     {"method": "smoothquant", "wbits": 16, "abits": 8},
     {"method": "rtn", "also": ("head",)},
+    {"rounding": "learned"},
+    {"rounding": "gptq"},
+    {"orthogonal": ("stream", "values")},
+    {"method": "lrquant-max", "orthogonal": ("stream", "values", "down"), "wbits": 4, "abits": 4},
 ]
 
 
 @pytest.mark.parametrize("changes", FORMATS, ids=lambda changes: " ".join(map(str, changes.values())))
 def test_every_format_goes_on_with_the_same_bytes(changes: dict[str, Any], tmp_path: Path, learned: list[int]) -> None:
+    """Killed after its first block, interrupted after its second."""
     tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=3, tie_word_embeddings="also" not in changes)
     expected = whole(tiny, tmp_path / "whole", **changes)
+    assert wait(start(lambda: run(tiny, tmp_path / "out", watcher=Dies(), **changes))) == -9
+    learned.clear()
     said = interrupted(tiny, tmp_path / "out", after=2, **changes)
+    assert learned == [1]
     assert said == "interrupted; 2 finished blocks are kept: the same command goes on from there"
     learned.clear()
     quantized = run(tiny, tmp_path / "out", **changes)
     assert learned == [2]
     assert contents(tmp_path / "out") == expected
     assert [record.index for record in quantized.records] == [0, 1, 2]
+
+
+def test_control_c_on_the_command_line_says_how_to_go_on(tiny: Path, tmp_path: Path) -> None:
+    """A real signal to a real process: exit code 130, one line, and the same command goes on."""
+    (tmp_path / "text.txt").write_text(" ".join(map(str, range(900))))
+    command = ["quantize", tiny, "--save-dir", tmp_path / "out", "--calib", tmp_path / "text.txt", "--no-report"]
+    command += ["--nsamples", 4, "--seqlen", 32, "--batch-size", 2, "--epochs", 40, "--kernels", "eager"]
+    process = started(*command)
+    while not (run_folder(tmp_path / "out") / "00000.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert re.search(r"interrupted; [1-3] finished blocks? (is|are) kept: the same command goes on from there", said)
+    assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+    again = lrquant_here(*command)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not run_folder(tmp_path / "out").exists()
 
 
 def test_an_interruption_before_the_first_block_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -366,6 +403,20 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_after(tiny: Path,
     wait(child)
     run(tiny, save_dir)
     assert contents(save_dir) == whole(tiny, tmp_path / "whole")
+
+
+def test_files_that_are_still_open_on_nfs_do_not_fail_a_run(tiny: Path, tmp_path: Path) -> None:
+    """NFS renames a file that is deleted while it is open, and keeps its folder; both go when it is closed."""
+
+    class Opens(Watcher):
+        def block_done(self, record: Any) -> None:
+            (run_folder(tmp_path / "out") / ".nfs0000000000000001").touch()
+
+    run(tiny, tmp_path / "out", watcher=Opens())
+    assert contents(tmp_path / "out") == whole(tiny, tmp_path / "whole")
+    assert [path.name for path in run_folder(tmp_path / "out").iterdir()] == [".nfs0000000000000001"]
+    with pytest.raises(UsageError, match="is not empty"):
+        run(tiny, tmp_path / "out")
 
 
 @pytest.mark.parametrize("room", ["in a block", "in the checkpoint"])

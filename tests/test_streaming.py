@@ -1,5 +1,7 @@
 """Models that are read block by block: the same bytes as from memory, and memory that does not grow with the model."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,24 @@ def test_one_block_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(BlockCalls, "_call", call)
     lrquant.quantize(str(tiny), recipe(), calibration=IDS, save_dir=tmp_path / "out")
     assert set(most) == {1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is asked of /proc")
+@pytest.mark.parametrize("changes", [{}, {"rounding": "learned"}], ids=["nearest", "learned"])
+def test_memory_does_not_grow_with_the_number_of_blocks(changes: dict[str, Any], tmp_path: Path) -> None:
+    """What this process holds after every block: eight blocks of 6 MB in float32 add less than one does."""
+    size = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12}
+    tiny = write_tiny(tmp_path / "tiny", **size)
+    held: list[int] = []
+
+    class Looks(Watcher):
+        def block_done(self, record: Any) -> None:
+            held.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    settings = recipe(kernels="eager", **changes)
+    lrquant.quantize(str(tiny), settings, calibration=IDS, save_dir=tmp_path / "out", watcher=Looks())
+    assert len(held) == 12
+    assert held[-1] - held[3] < 6e6, [held[n] - held[3] for n in range(12)]
 
 
 def test_large_results_are_written_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

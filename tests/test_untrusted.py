@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+import lrquant
 from lrquant import LrquantError, Recipe, UsageError
 from lrquant.checkpoints.manifest import BlockEntry, Placing, RunEntry, read_entry, write_entry
 from lrquant.recipe import PRESETS
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.untrusted import check_folder, weight_files
+from tests.tiny import write_tiny
 
 SCALARS = (
     st.none()
@@ -130,3 +133,33 @@ def test_a_folder_of_any_content_is_an_error(config: Any, index: Any, weights: b
         assert all(file.parent == folder for file in weight_files(folder))
     except LrquantError as error:
         one_line(error)
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({marker!r}).touch()
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_in_a_model_s_folder_runs_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    model, marker = write_tiny(tmp_path / "tiny"), tmp_path / "it-ran"
+    (model / "own_code.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "own_code.Config", "AutoModelForCausalLM": "own_code.Model"}
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": classes}))
+    ids = [torch.arange(first, first + 16)[None] for first in (0, 100)]
+    rtn = Recipe.preset("rtn", wbits=8)
+    with pytest.raises(LrquantError) as refused:
+        lrquant.quantize(str(model), rtn, calibration=ids, save_dir=tmp_path / "out")
+    one_line(refused.value)
+    assert "it comes with code of its own; --trust-remote-code runs that code" in str(refused.value)
+    assert not marker.exists()
+    lrquant.quantize(str(model), rtn, calibration=ids, save_dir=tmp_path / "out", trust_remote_code=True)
+    assert marker.exists()

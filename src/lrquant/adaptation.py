@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lrquant.architectures import family_of
 from lrquant.calibration.text import evaluation_ids
 from lrquant.checkpoints import check_save_dir, load, saved_recipe
+from lrquant.checkpoints.durable import write_sums
 from lrquant.checkpoints.packing import INPUT_SCALE, needs_whole_weights, pack_block
 from lrquant.checkpoints.saving import whole_directory
 from lrquant.errors import LrquantError, UsageError
@@ -151,6 +152,7 @@ def adapt(
     facts = {"quantized": str(quantized), "reference": str(reference), "blocks": list(chosen), "replaced": better}
     with whole_directory(target) as folder:
         copy_with_replacements(source, folder, tensors)
+        write_sums(folder)
         (folder / ADAPTATION_FILE).write_text(yaml.safe_dump(facts | {"recipe": recipe.model_dump()}, sort_keys=False))
         _extend_card(folder / "README.md", recipe, chosen, str(reference))
     return Adapted(target, recipe, chosen, result.records, time.perf_counter() - began)

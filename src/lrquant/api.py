@@ -114,7 +114,8 @@ def quantize(
         restart: throw away what an interrupted run left beside `save_dir`; else this one goes on from it.
         activations: where hidden states wait: `device`, `host`, `disk`, or `auto`.
         keep_model: leave the quantized model in memory; None: only when it is not saved. Otherwise
-            `Quantized.model` loads it from `save_dir` when it is asked for.
+            `Quantized.model` loads it from `save_dir` when it is asked for, and `Quantized.result.learned` has no
+            offsets of learned rounding, which are as large as the model.
 
     Raises:
         UsageError, LrquantError: one line each. `save_dir` appears whole or not at all; finished blocks are kept

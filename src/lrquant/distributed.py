@@ -129,7 +129,8 @@ class Ranks:
         """The first rank's `text`, on all of them."""
         if self.alone:
             return text
-        return self._bytes(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)).numpy().tobytes().decode()
+        content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else _NOTHING
+        return self._bytes(content).numpy().tobytes().decode()
 
     def tensors(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first rank's tensors, on all of them; the others' are not looked at."""

@@ -155,6 +155,9 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
             ) from error
         raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
     except Exception as error:  # a stranger's files reach everything underneath
+        if "trust_remote_code" in str(error):
+            ask = "it comes with code of its own; --trust-remote-code runs that code"
+            raise LrquantError(f"{name}: cannot be loaded ({ask})") from error
         raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
 
 

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from lrquant.architectures import family_of
 from lrquant.errors import LrquantError
+from lrquant.memory import keep_large_apart
 from lrquant.modality import auto_model
 from lrquant.models import fetched_folder, load_config
 from lrquant.reconstruction.residence import Residence
 from lrquant.untrusted import weight_files
 
+LARGE = 1 << 30  # bytes of a model from which its steps need memory more than they need every last percent of speed
 Source = tuple[Path, str]  # a file, and a tensor's name in it
 
 
@@ -99,6 +101,8 @@ def open_streamed(
     folder = fetched_folder(name)
     if getattr(config, "quantization_config", None) or folder is None:
         return None
+    if sum(file.stat().st_size for file in weight_files(folder)) > LARGE:
+        keep_large_apart()
     model = _skeleton(config, folder, dtype, trust_remote_code)
     stages = family_of(model).stages(model, towers)
     sources = _sources(model, weight_files(folder), name)

@@ -39,6 +39,14 @@ def lrquant(*arguments: object, cwd: Path | None = None) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+def started(*arguments: object) -> subprocess.Popen[str]:
+    """Start it in a process of its own, and do not wait."""
+    command = [sys.executable, "-m", "lrquant", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
+    )
+
+
 def lrquant_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run it in a process of its own."""
     command = [sys.executable, "-m", "lrquant", *map(str, arguments)]

@@ -61,6 +61,23 @@ def truncate(model: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
 
 
+def damaged_result(change: Callable[[Path], None]) -> Callable[[Path, Path], list[Any]]:
+    """A quantized model that something happened to afterwards."""
+
+    def case(tiny: Path, tmp: Path) -> list[Any]:
+        lrquant("quantize", tiny, *QUICK, "--save-dir", tmp / "quantized", "--no-report")
+        change(tmp / "quantized")
+        return ["eval", tmp / "quantized", "--ppl", "zoo:pydoc", "--seqlen", 32, "--limit-windows", 1]
+
+    return case
+
+
+def flip(model: Path) -> None:
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1000] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+
 def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
     def on(model: Path) -> None:
         tensors = load_file(model / "model.safetensors")
@@ -210,6 +227,8 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         lambda tiny, tmp: ["quantize", tiny, *QUICK, "--save-dir", "/proc/lrquant/out"],
     ),
     "truncated shard": (1, "damaged", damaged(truncate)),
+    "truncated result": (1, "damaged", damaged_result(truncate)),
+    "flipped bit in a result": (1, "model.safetensors: damaged (its checksum", damaged_result(flip)),
     "missing shard": (1, "model-00002-of-00002.safetensors", damaged(lose_a_shard)),
     "missing weight": (1, "lacks 1 weights", damaged(rewrite(lambda t: t.pop("model.layers.1.mlp.up_proj.weight")))),
     "nan weight": (1, "model.layers.0.mlp.up_proj.weight holds NaN", damaged(rewrite(nan_weight))),
@@ -289,7 +308,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     ),
     "remote code": (
         1,
-        "cannot be loaded",
+        "it comes with code of its own; --trust-remote-code runs that code",
         damaged(config(model_type="own", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})),
     ),
     "a broken tokenizer": (1, "cannot be loaded", damaged(raw("tokenizer.json", b"{"))),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrquant.errors import LrquantError
 
+SUMS_FILE = "SHA256SUMS"  # as sha256sum writes and reads it
 _PIECE = 1 << 20
 
 
@@ -72,3 +73,27 @@ def checksum(path: Path) -> str:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Note the checksums of the weight files in `folder`, for `check_sums` and for `sha256sum --check`."""
+    lines = [f"{checksum(path)}  {path.name}\n" for path in sorted(folder.glob("*.safetensors"))]
+    (folder / SUMS_FILE).write_text("".join(lines))
+
+
+def check_sums(folder: Path) -> None:
+    """Raise unless the weight files in `folder` are what its checksums say; files without a checksum pass.
+
+    Raises:
+        LrquantError: a file is damaged.
+    """
+    try:
+        lines = (folder / SUMS_FILE).read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    noted = {name: sum for sum, _, name in (line.partition("  ") for line in lines)}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name in noted and noted[path.name] != checksum(path):
+            raise LrquantError(
+                f"{path}: damaged (its checksum is not the one in {SUMS_FILE}); fetch it again, or quantize again"
+            )

@@ -110,7 +110,8 @@ class DiskJournal(Journal):
 
     def summary(self, place: int) -> FinishedBlock:
         entry = self._entries[place]
-        tensors = {kind + name: tensor for kind in _KINDS for name, tensor in self._read(place, kind)}
+        # Copies: what is read is a view of its file, which would stay open while the run folder is taken away.
+        tensors = {kind + name: tensor.clone() for kind in _KINDS for name, tensor in self._read(place, kind)}
         return FinishedBlock.of(tensors, entry.record, entry.flat_inputs, entry.added_biases)
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:

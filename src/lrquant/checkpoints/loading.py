@@ -10,6 +10,7 @@ from compressed_tensors.utils import get_direct_state_dict, replace_direct_state
 from torch import nn
 
 from lrquant.architectures import family_of
+from lrquant.checkpoints.durable import check_sums
 from lrquant.checkpoints.saving import RECIPE_FILE
 from lrquant.distributed import apart
 from lrquant.formats.activations import install, route_attention
@@ -46,9 +47,13 @@ def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code:
 
     Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization; the
     checkpoint format cannot describe per-token queries, keys and values, and this adds them.
+
+    Raises:
+        LrquantError: a weight file is damaged; lrquant's checkpoints come with checksums.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
+    check_sums(Path(resolve_model(path)))
     model = load_model(path, dtype, trust_remote_code)  # type: ignore[arg-type]
     compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
     if compressor is not None and hasattr(model, "ct_decompress_hook"):

@@ -26,6 +26,7 @@ from lrquant.checkpoints.manifest import Placing, RunEntry, read_entry, write_en
 from lrquant.errors import Interrupted, LrquantError, UsageError
 
 _LOCK, _RUN, _PLACING, _RESULT = "lock", "run.json", "placing.json", "checkpoint"
+_STILL_OPEN = ".nfs"
 
 
 class RunDirectory:
@@ -60,14 +61,19 @@ class RunDirectory:
     def clear(self) -> None:
         """Forget everything but the lock."""
         for path in self.folder.iterdir():
-            if path.name != _LOCK:
+            if path.name != _LOCK and not path.name.startswith(_STILL_OPEN):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def tidy_up(self) -> None:
-        """Remove the folder; what says that all is done goes last, so that a kill in between changes nothing."""
+        """Remove the folder; what says that all is done goes last, so that a kill in between changes nothing.
+
+        On NFS a file that is still open stays as `.nfs…` until it is closed, and so does the folder.
+        """
         for path in sorted(self.folder.iterdir(), key=lambda path: path.name == _PLACING):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self.folder.rmdir()
+            if not path.name.startswith(_STILL_OPEN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def finished_blocks(self) -> int:
         return len(list(self.folder.glob("[0-9]*.json")))

@@ -15,7 +15,7 @@ from torch import nn
 
 from lrquant._registration import BASE_MODEL_TYPE, OWN_METHOD, OWN_MODEL_TYPE
 from lrquant.checkpoints.card import model_card
-from lrquant.checkpoints.durable import sync_tree
+from lrquant.checkpoints.durable import sync_tree, write_sums
 from lrquant.checkpoints.packing import (
     block_tensors,
     outside_tensors,
@@ -139,6 +139,7 @@ def write_checkpoint(
     for tensors in groups:
         shards.add(_as_stored_before(model, tensors))
     sizes = sizes_of(shards.finish())
+    write_sums(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:

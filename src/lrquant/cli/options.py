@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lrquant.cli import console
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
 
 COLLECTIVE = ("quantize", "evaluate")  # what several processes do together
 
@@ -17,6 +17,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and er
 LogFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write everything that is said to the end of FILE.")
 ]
+
+
+class Stopped(LrquantError):
+    """Control-C as an error: typer ends the program at a KeyboardInterrupt, and its line would be lost."""
+
+    exit_code = 130
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, after whose interruption the program still says what is kept."""
+
+    @functools.wraps(command)
+    def wrapped(*values: Any, **given: Any) -> None:
+        try:
+            command(*values, **given)
+        except KeyboardInterrupt as error:
+            raise Stopped(str(error) or "interrupted") from error
+
+    return wrapped
 
 
 def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -31,7 +50,7 @@ def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
                 f"{command.__name__} works in one process: torchrun is for lrquant quantize and lrquant eval"
             )
         with console.output(quiet, log_file):
-            command(**given)
+            interruptible(command)(**given)
 
     signature = inspect.signature(command)
     added = [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrquant.cli import console
+from lrquant.cli.options import interruptible
 from lrquant.errors import LrquantError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run_published(command: Callable[..., None]) -> None:
         pretty_exceptions_enable=False,
         context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},
     )
-    app.command()(command)
+    app.command()(interruptible(command))
     run(app)
 
 

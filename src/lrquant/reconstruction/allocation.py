@@ -10,10 +10,13 @@ relative because later blocks read the residual stream through norms. Errors of 
 Then bits are spent where they buy most: from the fewest bits everywhere, the step with the largest fall of the error
 per bit of storage is taken again and again while it fits, which solves the Lagrangian of the problem exactly at every
 size on the way. A weight's size counts its share of scales and zero points as the checkpoint holds them.
+
+Several ranks divide the units among them, not the samples: every error is one rank's, and the choice is the same to the
+bit on any number of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 
 from lrquant.architectures import Family, MultimodalFamily
 from lrquant.calibration.capture import capture
+from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import UsageError
 from lrquant.formats import Factors, Grid, Scheme, quantize_weight
 from lrquant.formats.storage import pads_zero_points, storage_format
@@ -58,6 +62,7 @@ class Allocation:
     storage_dtype: torch.dtype
     residence: Residence
     told: Callable[[int, int], None]
+    ranks: Ranks = ALONE
 
     def layer_bits(self) -> dict[str, int]:
         """Bits of the weights of every linear in the blocks, by name, on average at most the recipe's target.
@@ -90,10 +95,16 @@ class Allocation:
                     for leader in dict.fromkeys(first.values()):
                         linears = tuple(name for name in linear_names(block) if first.get(name) == leader)
                         scheme, dtype = self.recipe.scheme, self.storage_dtype
-                        units.append(_unit(run, path, linears, scheme, dtype, before, inputs.hidden))
+                        mine = len(units) % self.ranks.world == self.ranks.rank
+                        units.append(_unit(run, path, linears, scheme, dtype, before, inputs.hidden, mine))
                 done += 1
                 self.told(done, count)
-        return units
+        errors = torch.tensor([[unit.errors[bits] for bits in CANDIDATES] for unit in units], dtype=torch.float64)
+        together = self.ranks.sum(errors).tolist()  # of each row, all ranks but one have zeros
+        return [
+            replace(unit, errors=dict(zip(CANDIDATES, row, strict=True)))
+            for unit, row in zip(units, together, strict=True)
+        ]
 
 
 def _unit(
@@ -104,7 +115,9 @@ def _unit(
     storage_dtype: torch.dtype,
     before: Sequence[Tensor],
     after: Sequence[Tensor],
+    measured: bool,
 ) -> Unit:
+    """The unit of `linears`; without being measured its errors are zero."""
     weights = {name: run.block.get_parameter(f"{name}.weight") for name in linears}
     sizes: dict[int, int] = {}
     errors: dict[int, float] = {}
@@ -112,9 +125,11 @@ def _unit(
         own = Scheme(scheme.weights, scheme.inputs, bits=dict.fromkeys(linears, bits)).of(linears[0])
         assert own.weights is not None
         grid = Grid.of(own.weights)
-        rounded = {f"{name}.weight": best_rounding(weight, grid, storage_dtype) for name, weight in weights.items()}
         sizes[bits] = sum(storage_bits(weight.shape, own, storage_dtype) for weight in weights.values())
-        errors[bits] = _error(run, rounded, before, after)
+        errors[bits] = 0.0
+        if measured:
+            rounded = {f"{name}.weight": best_rounding(weight, grid, storage_dtype) for name, weight in weights.items()}
+            errors[bits] = _error(run, rounded, before, after)
     names = tuple(f"{path}.{name}" for name in linears)
     return Unit(names, sum(weight.numel() for weight in weights.values()), sizes, errors)
 

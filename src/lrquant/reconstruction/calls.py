@@ -146,7 +146,7 @@ class BlockCalls:
             self.block.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
             for name in linear_names(self.block)
         ]
-        parameters = frozen.parameters(next(self.block.parameters()).dtype)
+        parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
         try:
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)

@@ -75,7 +75,7 @@ class Reconstruction:
     recipe: Recipe  # as it was carried out: what it left to the machine is decided
     block_paths: list[str]  # in the order that data flows
     frozen: list[FrozenBlock] = field(default_factory=list)  # empty where a journal keeps them as they are
-    learned: list[Learnables] = field(default_factory=list)
+    learned: list[Learnables] = field(default_factory=list)  # without offsets where the model is not kept in memory
     statistics: list[dict[str, ChannelStatistics]] = field(default_factory=list)
     records: list[BlockRecord] = field(default_factory=list)
     flat_inputs: set[str] = field(default_factory=set)  # linears (full names) that see (tokens, width)
@@ -90,9 +90,9 @@ class Reconstruction:
         """Whether the model computes something that its family's own code does not."""
         return bool(self.added_biases or self.rotated.online)
 
-    def add(self, path: str, finished: FinishedBlock) -> None:
-        """Take up the block at `path`."""
-        self.learned.append(finished.learnables)
+    def add(self, path: str, finished: FinishedBlock, with_offsets: bool) -> None:
+        """Take up the block at `path`. Offsets are left out where memory must not grow with the model."""
+        self.learned.append(finished.learnables if with_offsets else finished.without_offsets().learnables)
         self.statistics.append(finished.statistics)
         self.records.append(finished.record)
         self.flat_inputs |= {f"{path}.{name}" for name in finished.flat_inputs}
@@ -150,9 +150,9 @@ def reconstruct(
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
     result.rotated = rotate(model, stages, recipe, residence, storage_dtype)
     if recipe.target_bits is not None and recipe.layer_bits is None:
-        allocation = Allocation(model, family, recipe, everything, device, storage_dtype, residence, watcher.measured)
-        bits = journal.bits(allocation.layer_bits) if ranks.first else {}  # the others wait, and are told
-        recipe = recipe.changed(layer_bits=json.loads(ranks.text(json.dumps(bits))))
+        told = watcher.measured
+        allocation = Allocation(model, family, recipe, everything, device, storage_dtype, residence, told, ranks)
+        recipe = recipe.changed(layer_bits=journal.bits(allocation.layer_bits))
     scheme = recipe.scheme
     journal.open(len(paths))
     residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
@@ -164,7 +164,7 @@ def reconstruct(
     watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
         if not residence.keeps and all(journal.finished(later) for later in range(place, len(paths))):
-            result.add(path, journal.summary(place))  # nothing is left that needs its outputs
+            result.add(path, journal.summary(place), with_offsets=False)  # nothing is left that needs its outputs
             watcher.block_done(result.records[-1])
             continue
         if index == 0:  # a stage begins
@@ -203,7 +203,7 @@ def reconstruct(
                     run.advance(quantized_stream, target_stream)
                 watcher.block_ends(view)
                 if restored is not None:
-                    result.add(path, restored[0])
+                    result.add(path, restored[0], residence.keeps)
                     watcher.block_done(restored[0].record)
                 continue
             own_targets = run.outputs(quantized_stream, store) if recipe.two_branch else None
@@ -258,7 +258,7 @@ def reconstruct(
                 tuple(slots),
                 {name: scale.clone() for name, scale in frozen.input_scales.items()},  # files hold no tensor twice
             )
-            result.add(path, finished)
+            result.add(path, finished, residence.keeps)
             if learned.outcome != "kept present":
                 journal.block_done(place, path, block, finished, frozen)
                 if recipe.tuning_epochs or not journal.keeps_frozen:

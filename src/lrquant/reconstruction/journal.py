@@ -7,7 +7,7 @@ would have. The journal here remembers nothing; the one on disk is `lrquant.chec
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -37,6 +37,11 @@ class FinishedBlock:
                 if tensor is not None:
                     found[f"{kind}:{linear}"] = tensor
         return found
+
+    def without_offsets(self) -> "FinishedBlock":
+        """The same without learned rounding's offsets: one number a weight, as large as the block in float32."""
+        small = {name: tensor for name, tensor in self.learnables.items() if not name.endswith(".offset")}
+        return replace(self, learnables=small)
 
     @classmethod
     def of(
@@ -101,7 +106,22 @@ class SharedJournal(Journal):
             self._own.open(blocks)
 
     def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
-        return self._own.bits(found)
+        if not self._ranks.first:
+            if self._ranks.text("") == "unknown":
+                found()
+            return json.loads(self._ranks.text(""))  # type: ignore[no-any-return]
+        asked = False
+
+        def together() -> dict[str, int]:
+            nonlocal asked
+            asked = True
+            self._ranks.text("unknown")
+            return found()
+
+        bits = self._own.bits(together)
+        if not asked:
+            self._ranks.text("known")
+        return json.loads(self._ranks.text(json.dumps(bits)))  # type: ignore[no-any-return]
 
     def finished(self, place: int) -> bool:
         return self._ranks.text(str(self._own.finished(place))) == "True"

@@ -264,13 +264,29 @@ class FrozenBlock:
         }
         return replace(self, weights=weights, dense={name: tensor.cpu() for name, tensor in self.dense.items()})
 
-    def parameters(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """As `quantized_parameters`, from what the checkpoint holds."""
-        result = {name: tensor.to(dtype) for name, tensor in self.dense.items()}
-        products = self.product_dtype
-        return result | {
-            f"{linear}.weight": weight.dequantized(products).to(dtype) for linear, weight in self.weights.items()
-        }
+    def parameters(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """As `quantized_parameters`, from what the checkpoint holds; each is made when it is asked for."""
+        return _Parameters(self, dtype)
+
+
+@dataclass(frozen=True)
+class _Parameters(Mapping[str, Tensor]):
+    """A frozen block's parameters. All of them at once would be a second block in memory."""
+
+    frozen: FrozenBlock
+    dtype: torch.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.frozen.weights.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        found = self.frozen.dense[name] if weight is None else weight.dequantized(self.frozen.product_dtype)
+        return found.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.frozen.dense
+        yield from (f"{linear}.weight" for linear in self.frozen.weights)
+
+    def __len__(self) -> int:
+        return len(self.frozen.dense) + len(self.frozen.weights)
 
 
 @torch.no_grad()

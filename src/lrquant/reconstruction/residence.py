@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lrquant.memory import give_back_freed
+
 
 class Residence:
     """All of the model is in memory, and stays there.
@@ -46,3 +48,4 @@ def held(residence: Residence, path: str, device: torch.device) -> Iterator[nn.M
     finally:
         block.to("cpu")
         residence.release(path)
+        give_back_freed()

@@ -179,7 +179,7 @@ class _Looking:
         return quantized_parameters(self.decided.fixed, learnables, self.dtype)
 
     def final(self) -> dict[str, Tensor]:
-        return self.decided.frozen.parameters(self.dtype)
+        return dict(self.decided.frozen.parameters(self.dtype))
 
     def error(self, stream: Stream, parameters: Mapping[str, Tensor]) -> Error:
         pairs = ((self.view.call(stream, sample, parameters), self.truth[sample]) for sample in stream)
