@@ -42,9 +42,9 @@ class Wayward(Line):
         return super().forward(hidden)
 
 
-def random_learnables(fixed: BlockParameters) -> dict[str, Tensor]:
+def random_learnables(fixed: BlockParameters, rotation: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    learnables = initial_clipping(fixed) | initial_rotation(fixed, 1, generator)
+    learnables = initial_clipping(fixed) | (initial_rotation(fixed, 1, generator) if rotation else {})
     for name, tensor in learnables.items():
         if name.endswith(".rotation"):
             tensor.uniform_(0.8, 1.2, generator=generator)
@@ -53,15 +53,26 @@ def random_learnables(fixed: BlockParameters) -> dict[str, Tensor]:
     return learnables
 
 
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
-def test_a_graph_rounds_to_the_frozen_weights(storage: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("storage", "numbers"),
+    [
+        (torch.float32, {"wbits": 3, "abits": 16, "group_size": 16}),
+        (torch.bfloat16, {"wbits": 3, "abits": 16, "group_size": 16}),
+        (torch.bfloat16, {"format": "nvfp4a16"}),
+        (torch.bfloat16, {"format": "mxfp4a16", "rotation": False}),
+    ],
+    ids=str,
+)
+def test_a_graph_rounds_to_the_frozen_weights(storage: torch.dtype, numbers: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    recipe = Recipe.preset("lrquant+", wbits=3, abits=16, group_size=16, kernels="compiled", products="float32")
+    recipe = Recipe.preset("lrquant+", **numbers, kernels="compiled", products="float32")
     graphs = Graphs(recipe, CPU)
     for _ in range(2):  # the second block lends the first one's graph its own tensors
         block = Line(64)
         fixed = BlockParameters.of(block, (), recipe.scheme, storage)
-        learnables = {name: tensor.requires_grad_() for name, tensor in random_learnables(fixed).items()}
+        learnables = {
+            name: tensor.requires_grad_() for name, tensor in random_learnables(fixed, recipe.rotation).items()
+        }
         graph = graphs.of(block, fixed)
         assert graph is not None
         seen = graph(block, fixed, learnables, torch.eye(64)[None], {})

@@ -90,7 +90,7 @@ class Graphs:
         """
         if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None:
             return None
-        if fixed.grid.is_float or fixed.bits:  # scales of whole tensors do not go in; mixed bits need a graph for each
+        if fixed.bits:  # would need a graph for each choice of bits
             return None
         kind = _kind(block, fixed)
         if kind not in self.known:
