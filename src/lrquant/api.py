@@ -43,7 +43,6 @@ from lrquant.models import (
 )
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
-from lrquant.reconstruction.engine import flat_inputs_within
 from lrquant.reconstruction.journal import Journal, SharedJournal
 from lrquant.reconstruction.learning import Learnables
 from lrquant.reconstruction.preparation import linear_input_args
@@ -309,7 +308,7 @@ def _keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructi
     """Leave `model` computing as its checkpoint will."""
     for path in result.block_paths:
         block = model.get_submodule(path)
-        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, flat_inputs_within(result, path))
+        inputs = linear_input_args(block, recipe.scheme.inputs, recipe, result.flat_inputs_within(path))
         install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
     if recipe.scheme.inputs is not None:
         linears = {name: model.get_submodule(name) for name in result.outside.weights}

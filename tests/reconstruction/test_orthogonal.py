@@ -187,5 +187,5 @@ def test_a_transform_at_run_time_compiles_with_its_block() -> None:
     assert graph is not None
     seen = graph(block, fixed, learnables, torch.eye(64)[None], {})
     assert seen is not None
-    plain = functional_call(block, freeze(fixed, learnables).parameters(torch.float32), (torch.eye(64)[None],))
+    plain = functional_call(block, dict(freeze(fixed, learnables).parameters(torch.float32)), (torch.eye(64)[None],))
     assert torch.allclose(seen, plain, atol=1e-5)

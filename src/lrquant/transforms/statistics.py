@@ -15,6 +15,12 @@ class ChannelStatistics:
     absmax: Tensor | None = None  # max over tokens of |X_j|
     midpoint: Tensor | None = None  # (max + min)/2 of a sample, exponentially averaged over samples
 
+    def to(self, device: torch.device) -> "ChannelStatistics":
+        absmax, midpoint = self.absmax, self.midpoint
+        return ChannelStatistics(
+            None if absmax is None else absmax.to(device), None if midpoint is None else midpoint.to(device)
+        )
+
     def update(self, x: Tensor) -> None:  # (samples, tokens, in_features)
         self.add(*extremes_of(x))
 
