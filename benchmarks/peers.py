@@ -34,7 +34,7 @@ from lrquant.evaluation import perplexity
 from lrquant.models import load_model, load_tokenizer
 from lrquant.recipe import PRESETS
 from methods import recipe_of
-from peers_table import FULL, OURS, PEERS, ROWS, append_line, fitted, impossible, read_lines, table
+from peers_table import FULL, OURS, PEERS, ROWS, append_line, fitted, impossible, overview, read_lines, table
 
 SCRIPTS = Path(__file__).parent / "peers"
 SOURCE = Path(lrquant.__file__).parent.parent
@@ -177,7 +177,7 @@ def main(
         bool, typer.Option("--table", help="Print the tables of what is in the file, and do nothing.")
     ] = False,
 ) -> None:
-    """Run what is missing, then print a markdown table of every row."""
+    """Run what is missing, then print a markdown table of all rows, and one of every row."""
     err = Console(stderr=True)
     wanted_rows, wanted = chosen(rows, ",", ROWS), chosen(methods, None, [*OURS, *PEERS])
     settings = Settings(model, calib, texts.split(), samples, seqlen, windows, epochs, batch_size, threads, iterations)
@@ -210,6 +210,8 @@ def main(
                     f"{done}/{len(jobs)} seed {seed} {row}, {method}: {found}, {left / 60:.0f} min left", soft_wrap=True
                 )
     lines = read_lines(json_file)
+    for text in settings.texts:
+        print("\n" + overview(lines, wanted_rows, wanted, text))
     for row in wanted_rows:
         print("\n" + table(lines, row, wanted, settings.texts))
 

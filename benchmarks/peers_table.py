@@ -110,6 +110,27 @@ def table(lines: list[dict[str, Any]], row: str, methods: Iterable[str], texts: 
     return "\n".join([*printed, *("\n" + note for note in notes)])
 
 
+def overview(lines: list[dict[str, Any]], rows: Iterable[str], methods: Iterable[str], text: str) -> str:
+    """One markdown table of all rows for one text, methods down, number formats across; a row's best is bold."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        if "perplexity" in line:
+            found.setdefault((line["method"], line["row"]), []).append(line["perplexity"][text])
+    rows = [row for row in rows if any(key[1] == row for key in found)]
+    methods = [name for name in methods if any(key[0] == name for key in found)]
+    best = {row: min(statistics.mean(found[name, row]) for name in methods if (name, row) in found) for row in rows}
+    printed = [f"| {text} | {' | '.join(rows)} |", "|---|" + "---|" * len(rows)]
+    for name in methods:
+        cells = []
+        for row in rows:
+            values = found.get((name, row))
+            cell = "" if values is None else spread(values)
+            is_best = values is not None and statistics.mean(values) == best[row]
+            cells.append(f"**{cell}**" if is_best else cell)
+        printed.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(printed)
+
+
 def _measure(lines: list[dict[str, Any]], measure: str) -> str:
     values = [line[measure] for line in lines if line.get(measure) is not None]
     if not values:

@@ -134,6 +134,11 @@ def test_peers_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "auto-round/best: out of memory." in printed
     assert "no file format for this: no such format." in printed
     assert "llm-compressor/gptq: 1 of 2 seeds." in printed
+    assert rows(table.overview(lines, ["W4A16", "W3A16", "W2A16"], names, "zoo:pydoc")) == [
+        ["rtn", "22.000 ± 1.414", ""],
+        ["lrquant", "", "**1.000**"],
+        ["llm-compressor/gptq", "**21.500**", ""],
+    ]
 
 
 def test_peers_rows_and_methods(monkeypatch: pytest.MonkeyPatch) -> None:
