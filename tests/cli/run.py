@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -43,8 +44,18 @@ def started(*arguments: object) -> subprocess.Popen[str]:
     """Start it in a process of its own, and do not wait."""
     command = [sys.executable, "-m", "lrquant", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+        preexec_fn=_hears_control_c,
     )
+
+
+def _hears_control_c() -> None:
+    """What runs in the background of a script ignores Control-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lrquant_process(*arguments: object) -> subprocess.CompletedProcess[str]:
