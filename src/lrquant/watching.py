@@ -28,8 +28,8 @@ class Watcher:
 
     def block_done(self, record: "BlockRecord") -> None: ...
 
-    def tuned(self, done: int, epochs: int, loss: float) -> None:
-        """After all blocks, where the whole is learned at last: so many epochs are done, none at first."""
+    def tuned(self, done: int, epochs: int, loss: float | None) -> None:
+        """After all blocks, where the whole is learned at last: so many epochs are done, none at first (no loss)."""
 
 
 class Watchers(Watcher):
@@ -66,6 +66,6 @@ class Watchers(Watcher):
         for watcher in self.watchers:
             watcher.block_done(record)
 
-    def tuned(self, done: int, epochs: int, loss: float) -> None:
+    def tuned(self, done: int, epochs: int, loss: float | None) -> None:
         for watcher in self.watchers:
             watcher.tuned(done, epochs, loss)

@@ -180,12 +180,13 @@ class BlockProgress(Watcher):
         if done == self.blocks:
             self.stop()
 
-    def tuned(self, done: int, epochs: int, loss: float) -> None:
-        if done == 0:
+    def tuned(self, done: int, epochs: int, loss: float | None) -> None:
+        if loss is None:
             if progress.moves:
                 self.bar.start()
             self.bar.update(self.task, visible=False)
             self.tuning = self.bar.add_task(f"{self.title}, the whole", total=epochs, loss="")
+            return
         self.bar.update(self.tuning, completed=done, loss=f"divergence {loss:.4g}")
         progress.line(f"{self.title}: the whole, epoch {done}/{epochs}, divergence {loss:.4g}")
         if done == epochs:

@@ -67,7 +67,7 @@ def tune(
     samples: Sequence[Mapping[str, Any]],
     originals: Sequence[Tensor],
     recipe: Recipe,
-    told: Callable[[int, int, float], None],
+    told: Callable[[int, int, float | None], None],
     ranks: Ranks,
 ) -> tuple[list[FrozenBlock], Tuning | None]:
     """The blocks with tuned scales and vectors, whose values the model holds then; and how it went.
@@ -105,7 +105,7 @@ def tune(
                     return whole.model(**arguments).logits, [wanted]
 
         with kernels.using(recipe.kernels):
-            told(0, recipe.epochs, float("nan"))
+            told(0, recipe.epochs, None)
             learned = learn(
                 forward,
                 start,
