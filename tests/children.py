@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import torch
+
 
 def start(work: Callable[[], object]) -> int:
     """Fork; the child does `work` and ends with 0, or 3 after an exception. Returns its process id."""
@@ -16,6 +18,8 @@ def start(work: Callable[[], object]) -> int:
         return child
     code = 3
     try:
+        # After a fork, torch replaces its pool of threads at the first use, and not safely when two threads come at once.
+        torch.set_num_threads(torch.get_num_threads())
         work()
         code = 0
     except BaseException:
