@@ -18,7 +18,7 @@ def start(work: Callable[[], object]) -> int:
         return child
     code = 3
     try:
-        # After a fork, torch replaces its pool of threads at the first use, and not safely when two threads come at once.
+        # After a fork torch renews its pool of threads at the first use, which two threads at once do not survive.
         torch.set_num_threads(torch.get_num_threads())
         work()
         code = 0
