@@ -29,10 +29,11 @@ from lrquant.architectures import family_of
 from lrquant.calibration import capture
 from lrquant.formats import Factors, Grid, activations, kernels
 from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.losses import terms
 from lrquant.reconstruction import parameters
 from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
-from lrquant.reconstruction.learning import learn, plain_loss
+from lrquant.reconstruction.learning import learn
 from lrquant.reconstruction.parameters import (
     BlockParameters,
     initial_clipping,
@@ -215,9 +216,9 @@ def main(
             forward = run.forward_function(fixed, stream, targets, chosen, graph)
 
             def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
-                terms = plain_loss(*forward(learnables, range(batch)), "mse+nlc")
+                squared, direction = terms(forward(learnables, range(batch)))
                 optimizer.zero_grad()
-                sum(term for term in terms if term is not None).backward()  # type: ignore[union-attr]
+                (squared + direction).backward()
                 optimizer.step()
 
             began = time.perf_counter()

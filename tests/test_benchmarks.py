@@ -62,8 +62,7 @@ def test_the_plain_block_computes_what_the_engine_does(
         taken = measured(step, *arguments)
         if step.__defaults__ is not None:  # type: ignore[attr-defined]
             forward, start, _ = step.__defaults__  # type: ignore[attr-defined]
-            output, targets = forward(start, range(2))
-            losses.append(block_step.plain_loss(output, targets, "mse+nlc")[0].item())
+            losses.append(forward(start, range(2))[0].sum().item())
         return taken
 
     monkeypatch.setattr(block_step, "seconds_of", watched)

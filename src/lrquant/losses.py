@@ -4,6 +4,8 @@ All take (samples, tokens, width) and return a scalar, a mean over all samples a
 Sums are accumulated in float32 at least.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,26 @@ def divergence(output: Tensor, target: Tensor) -> Tensor:
     """Mean over tokens of KL(p ‖ q) in nats, between what two models' logits say; the target's is p."""
     found, wanted = _wide(output).log_softmax(-1), _wide(target).log_softmax(-1)
     return torch.nn.functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
+
+
+# What a loss is made of: means over samples, which ranks can add up.
+MEANS = {"mse": (mse,), "mse+nlc": (mse, mean_cosine), "divergence": (divergence,)}
+
+
+def means(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
+    """The means that the loss `kind` is made of, (means, targets): squared errors or divergences, then cosines."""
+    return torch.stack([torch.stack([mean(output, target) for target in targets]) for mean in MEANS[kind]])
+
+
+def no_means(targets: int, kind: str, device: torch.device) -> Tensor:
+    """`means` of no samples: they weigh nothing."""
+    return torch.zeros(len(MEANS[kind]), targets, device=device)
+
+
+def terms(found: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(Σ MSE or divergence, Σ NLC or None) over the targets, from `means` of a whole batch."""
+    first, *cosines = found
+    return first.sum(), nlc_of(cosines[0]).sum() if cosines else None
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_no_block_ends_worse_than_it_began(tiny: Path) -> None:
 @pytest.mark.parametrize("bad_calls", [{7}, {7, 12, 15}, set(range(7, 10_000))])
 def test_a_non_finite_loss_never_stops_a_run(tiny: Path, monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     calls = 0
-    honest = learning.plain_loss
+    honest = learning.terms
 
     def sometimes_nan(*arguments: Any) -> Any:
         nonlocal calls
@@ -53,7 +53,7 @@ def test_a_non_finite_loss_never_stops_a_run(tiny: Path, monkeypatch: pytest.Mon
                 squared = squared * math.nan
         return squared, direction
 
-    monkeypatch.setattr(learning, "plain_loss", sometimes_nan)
+    monkeypatch.setattr(learning, "terms", sometimes_nan)
     quantized = lrquant.quantize(str(tiny), recipe(epochs=8))
     first, *rest = quantized.records
     assert sum(record.recoveries for record in quantized.records) >= min(len(bad_calls), 3)

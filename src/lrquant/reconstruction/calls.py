@@ -14,6 +14,7 @@ from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import LrquantError
 from lrquant.formats import kernels
 from lrquant.formats.floats import scale_of_tensor
+from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.graphs import Graph
 from lrquant.reconstruction.learning import Forward, Learnables
@@ -226,24 +227,37 @@ class BlockCalls:
         dtype = next(self.block.parameters()).dtype
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
-        def forward(learnables: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-            if graph is not None and graph.works and torch.is_grad_enabled() and len(chosen) == self.at_once:
-                answer = graph(self.block, fixed, learnables, *self._given(stream, chosen))
-                if answer is not None:
-                    return answer, self._wanted(targets, chosen)
+        def forward(learnables: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(len(targets), recipe.loss, self.device)
+            wanted = self._wanted(targets, chosen)
+            if graph is not None and graph.works and len(chosen) == self.at_once:
+                found = graph(self.block, fixed, learnables, *self._given(stream, chosen), wanted)
+                if found is not None:
+                    return found
             plainly = kernels.using("eager") if graph is not None and graph.works else nullcontext()  # a few calls
             with plainly, matrix_products(recipe, self.device):
                 output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
-            return output, self._wanted(targets, chosen)
+            return means(output, wanted, recipe.loss)
 
         return forward
 
     def fixed_function(
-        self, parameters: Mapping[str, Tensor], stream: Sequence[Tensor], targets: Sequence[Sequence[Tensor]]
+        self,
+        parameters: Mapping[str, Tensor],
+        stream: Sequence[Tensor],
+        targets: Sequence[Sequence[Tensor]],
+        loss: str,
     ) -> Forward:
         """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
         here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
-        return lambda _, chosen: (self._call(stream, chosen, here), self._wanted(targets, chosen))
+
+        def forward(_: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(len(targets), loss, self.device)
+            return means(self._call(stream, chosen, here), self._wanted(targets, chosen), loss)
+
+        return forward
 
     def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
         return [torch.cat([branch[sample] for sample in chosen]).to(self.device) for branch in targets]

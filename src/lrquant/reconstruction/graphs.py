@@ -1,4 +1,4 @@
-"""A block's answer as one compiled graph: fake quantization fused with the model's own code, forward and backward.
+"""A block's loss as one compiled graph: fake quantization fused with the model's own code, forward and backward.
 
 On a processor a step of a small block is spent between operations as much as in them. Compiled as a whole, rounding
 runs in the loops that produce what is rounded, and nothing of Python is left within a step. Blocks that differ in their
@@ -10,7 +10,7 @@ arithmetic inside is that of `lrquant.formats.rows`: a graph rounds weights to t
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.losses import means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.parameters import BlockParameters, Prepared, prepared, rounded_weights
 from lrquant.reconstruction.speed import matrix_products
@@ -31,7 +32,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Graph:
-    """A compiled answer for every block of one kind."""
+    """The compiled loss of every block of one kind."""
 
     def __init__(self, skeleton: nn.Module, fixed: BlockParameters, recipe: Recipe, device: torch.device) -> None:
         self.works = True  # until the model's code turns out not to compile
@@ -39,12 +40,17 @@ class Graph:
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
         def answer(
-            weights: Tensors, others: Tensors, by: Prepared, hidden: Tensor, arguments: Mapping[str, Any]
+            weights: Tensors,
+            others: Tensors,
+            by: Prepared,
+            hidden: Tensor,
+            arguments: Mapping[str, Any],
+            targets: Sequence[Tensor],
         ) -> Tensor:
             parameters = {**others, **by.vectors, **rounded_weights(fixed, weights, by, dtype, product)}
             with matrix_products(recipe, device):
                 output = functional_call(skeleton, parameters, (hidden,), dict(arguments))
-            return output[0] if isinstance(output, tuple) else output
+            return means(output[0] if isinstance(output, tuple) else output, targets, recipe.loss)
 
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         # Without emulated casts, a scale that the checkpoint rounds would keep its extra digits inside the loop.
@@ -57,8 +63,16 @@ class Graph:
         learnables: Tensors,
         hidden: Tensor,
         arguments: Mapping[str, Any],
+        targets: Sequence[Tensor],
     ) -> Tensor | None:
-        """The output of `block` on `hidden`; None, now and ever after, where its code does not compile."""
+        """What the loss is made of (losses.means) for `block` on `hidden`; None, now and ever after, where its code
+        does not compile.
+        """
+        if not torch.is_grad_enabled():  # the graph that learns: no second one is compiled to measure with
+            with torch.enable_grad():
+                leaves = {name: tensor.detach().requires_grad_() for name, tensor in learnables.items()}
+                found = self(block, fixed, leaves, hidden, arguments, targets)
+            return None if found is None else found.detach()
         by = prepared(fixed, learnables, next(block.parameters()).dtype)
         weights = {name: fixed.tensors[name] for name in (f"{linear}.weight" for linear in fixed.linears)}
         others = {
@@ -67,7 +81,7 @@ class Graph:
             if name not in weights and name not in by.vectors
         }
         try:
-            return self._answer(weights, others, by, hidden, arguments)
+            return self._answer(weights, others, by, hidden, arguments, targets)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.works = False
             first = (str(error).strip() or type(error).__name__).splitlines()[0]

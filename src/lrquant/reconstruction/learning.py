@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.distributed import ALONE, Ranks
-from lrquant.losses import RunningBalance, divergence, mean_cosine, mse, nlc_of
+from lrquant.losses import RunningBalance, terms
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.records import Outcome
 from lrquant.transforms.smoothing import LEAST_SCALE
@@ -26,12 +26,9 @@ FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
 
-# What a loss is made of: means over samples, which ranks can add up.
-MEANS = {"mse": (mse,), "mse+nlc": (mse, mean_cosine), "divergence": (divergence,)}
-
 Learnables = dict[str, Tensor]
-# (learnables, indices of this rank's samples) → (outputs, [targets…]); one target per branch
-Forward = Callable[[Learnables, Sequence[int]], tuple[Tensor, list[Tensor]]]
+# (learnables, indices of this rank's samples) → losses.means over them, of one target per branch; zeros for no samples
+Forward = Callable[[Learnables, Sequence[int]], Tensor]
 
 
 @dataclass
@@ -47,29 +44,12 @@ class Learned:
     epochs_left: int = 0  # not needed: the loss had flattened
 
 
-def plain_loss(
-    output: Tensor, targets: Sequence[Tensor], kind: str, ranks: Ranks = ALONE, share: float = 1.0
-) -> tuple[Tensor, Tensor | None]:
-    """(Σ MSE or divergence, Σ NLC or None) over the targets, of a batch of which this rank holds `share`."""
-    means = [mean(output, target) for mean in MEANS[kind] for target in targets]
-    return _terms(ranks.mean(torch.stack(means), share), kind)
-
-
-def _terms(means: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-    """From the batch's means (mean cosines come second): one of each per target."""
-    first, *cosines = means.chunk(len(MEANS[kind]))
-    return sum(first), sum(map(nlc_of, cosines[0])) if cosines else None  # type: ignore[return-value]
-
-
 def batch_loss(
-    forward: Forward, learnables: Learnables, part: Sequence[int], recipe: Recipe, ranks: Ranks, kind: str
+    forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor | None]:
-    """`plain_loss` over the samples `part`, the same on every rank; a rank may hold none of them."""
+    """The loss's terms over the samples `part`, the same on every rank; a rank may hold none of them."""
     mine = ranks.own(part)
-    if mine:
-        return plain_loss(*forward(learnables, mine), kind, ranks, len(mine) / len(part))
-    nothing = torch.zeros((1 + recipe.two_branch) * len(MEANS[kind]), device=ranks.device)
-    return _terms(ranks.mean(nothing, 0.0), kind)
+    return terms(ranks.mean(forward(learnables, mine), len(mine) / len(part)))
 
 
 def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
@@ -90,16 +70,14 @@ def measure(
     learnables: Learnables,
     samples: int,
     batch: int,
-    recipe: Recipe,
     ranks: Ranks = ALONE,
-    kind: str | None = None,
 ) -> float:
-    """Mean loss (of `kind`; None: the recipe's) over up to `MOST_MEASURED` samples, spread evenly."""
+    """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
     chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
     total = 0.0
     for start in range(0, len(chosen), batch):
         part = chosen[start : start + batch]
-        squared, direction = batch_loss(forward, learnables, part, recipe, ranks, kind or recipe.loss)
+        squared, direction = batch_loss(forward, learnables, part, ranks)
         total += float(squared if direction is None else squared + direction) * len(part)
     return total / len(chosen)
 
@@ -113,13 +91,12 @@ def learn(
     seed: int,
     told: Callable[[int, float], None],
     ranks: Ranks = ALONE,
-    kind: str | None = None,
 ) -> Learned:
-    """Minimise the loss `kind` (None: the recipe's) over `samples` from `initial`; `told(epoch, loss)` of every epoch.
+    """Minimise the loss over `samples` from `initial`; `told(epoch, loss)` of every epoch.
 
     `samples` and `batch` count those of all ranks.
     """
-    before = measure(forward, initial, samples, batch, recipe, ranks, kind)
+    before = measure(forward, initial, samples, batch, ranks)
     if not recipe.epochs or not initial:
         return Learned(initial, "initial", before, before, [], 0)
 
@@ -136,9 +113,9 @@ def learn(
         total = torch.zeros((), device=device)
         for start in range(0, samples, batch):
             part = sorted(order[start : start + batch])
-            squared, direction = batch_loss(forward, current, part, recipe, ranks, kind or recipe.loss)
-            terms = [squared] if direction is None else [squared, direction]
-            loss = balance(*terms) if balance else sum(terms)
+            squared, direction = batch_loss(forward, current, part, ranks)
+            parts = [squared] if direction is None else [squared, direction]
+            loss = balance(*parts) if balance else sum(parts)
             optimizer.zero_grad()
             if loss.requires_grad:  # type: ignore[union-attr] # else this rank holds none of the batch
                 loss.backward()  # type: ignore[union-attr]
@@ -146,7 +123,7 @@ def learn(
             optimizer.step()
             schedule.step()
             _keep_within_bounds(current)
-            total += sum(term.detach() for term in terms) * len(part)
+            total += sum(each.detach() for each in parts) * len(part)
         ranks.follow([total, *current.values()])
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
         if bool(torch.isfinite(total)) and _are_finite(current):
@@ -166,11 +143,11 @@ def learn(
         optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
 
     final = _copy(current)
-    after = measure(forward, final, samples, batch, recipe, ranks, kind)
+    after = measure(forward, final, samples, batch, ranks)
     outcome: Outcome = "learned"
     if not after <= before:  # also when `after` is NaN
         final, outcome = best, "best epoch"
-        after = measure(forward, final, samples, batch, recipe, ranks, kind)
+        after = measure(forward, final, samples, batch, ranks)
     if not after <= before:
         final, outcome, after = initial, "kept initial", before
     return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
@@ -200,11 +177,9 @@ def rounding_rate(recipe: Recipe, steps: int) -> float:
     return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
 
 
-def or_present(
-    learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe, ranks: Ranks = ALONE
-) -> Learned:
+def or_present(learned: Learned, present: Forward, samples: int, batch: int, ranks: Ranks = ALONE) -> Learned:
     """`learned`, unless the block as it is at present answers better."""
-    loss = measure(present, {}, samples, batch, recipe, ranks)
+    loss = measure(present, {}, samples, batch, ranks)
     learned = replace(learned, initial_loss=loss)
     return learned if learned.final_loss <= loss else replace(learned, outcome="kept present", final_loss=loss)
 

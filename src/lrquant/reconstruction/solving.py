@@ -45,7 +45,7 @@ def solve(
     if recipe.rounding != "gptq" or fixed.grid is None:
         return learned
     compensated = _compensated(run, fixed, learned.learnables, stream)
-    after = measure(forward, compensated, run.samples, run.batch, recipe, run.ranks)
+    after = measure(forward, compensated, run.samples, run.batch, run.ranks)
     return replace(learned, learnables=compensated, final_loss=after) if after <= learned.final_loss else learned
 
 

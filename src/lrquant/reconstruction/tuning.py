@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from lrquant.calibration.capture import answering
 from lrquant.distributed import Ranks
 from lrquant.formats import kernels
+from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.learning import Learnables, learn
 from lrquant.reconstruction.parameters import FrozenBlock
@@ -85,7 +86,9 @@ def tune(
         batch = recipe.batch_size if ranks.all(_can_be_joined(samples)) else ranks.world
         start = {name: tensor for place, block in enumerate(blocks) for name, tensor in block.start(place).items()}
 
-        def forward(factors: Learnables, chosen: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        def forward(factors: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(1, "divergence", whole.device)
             arguments = _joined([samples[each] for each in chosen], whole.device)
             last = torch.cat([originals[each] for each in chosen]).to(whole.device)
 
@@ -102,7 +105,8 @@ def tune(
                 with torch.no_grad(), answering(whole.blocks, original):
                     wanted = whole.model(**arguments).logits
                 with answering(whole.blocks, quantized):
-                    return whole.model(**arguments).logits, [wanted]
+                    found = whole.model(**arguments).logits
+            return means(found, [wanted], "divergence")
 
         with kernels.using(recipe.kernels):
             told(0, recipe.epochs, None)
@@ -115,7 +119,6 @@ def tune(
                 recipe.seed,
                 lambda epoch, loss: told(epoch + 1, recipe.epochs, loss),
                 ranks,
-                "divergence",
             )
     tuned = [block.tuned(learned.learnables, place) for place, block in enumerate(blocks)]
     return tuned, Tuning(learned.initial_loss, learned.final_loss, learned.outcome, learned.epoch_losses)

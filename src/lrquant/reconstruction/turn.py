@@ -97,8 +97,8 @@ class Turn:
             told = run.watcher.epoch_done
             learned = solve(self.calls, fixed, start, self.quantized, targets, recipe, run.graphs, self.place, told)
             if run.present is not None:
-                now = self.calls.fixed_function(run.present.blocks[self.place], self.quantized, targets)
-                learned = or_present(learned, now, run.samples, self.calls.batch, recipe, run.ranks)
+                now = self.calls.fixed_function(run.present.blocks[self.place], self.quantized, targets, recipe.loss)
+                learned = or_present(learned, now, run.samples, self.calls.batch, run.ranks)
             frozen = freeze(fixed, learned.learnables)
             if recipe.scheme.has_static_inputs:
                 frozen = replace(frozen, input_scales=self.calls.input_scales(self.quantized, frozen))
