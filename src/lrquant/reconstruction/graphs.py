@@ -10,7 +10,8 @@ arithmetic inside is that of `lrquant.formats.rows`: a graph rounds weights to t
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Graph:
 
     def __init__(self, skeleton: nn.Module, fixed: BlockParameters, recipe: Recipe, device: torch.device) -> None:
         self.works = True  # until the model's code turns out not to compile
+        self._compiled = False
         dtype = next(skeleton.parameters()).dtype
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
@@ -81,12 +83,33 @@ class Graph:
             if name not in weights and name not in by.vectors
         }
         try:
-            return self._answer(weights, others, by, hidden, arguments, targets)
+            with nullcontext() if self._compiled else _remembered():
+                answer: Tensor = self._answer(weights, others, by, hidden, arguments, targets)
+            self._compiled = True
+            return answer
         except torch._dynamo.exc.TorchDynamoException as error:
             self.works = False
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
             return None
+
+
+@contextmanager
+def _remembered() -> Iterator[None]:
+    """What is compiled within is kept on disk, its derivation included: another run does without it.
+
+    PyTorch asks for a word that this is safe. Its key is the graph, which spells out both directions of fake
+    quantization, and entering autocast depends on nothing but its arguments.
+    """
+    known = torch._inductor.config
+    entries = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
+    with ExitStack() as within:
+        if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+            within.enter_context(torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True))
+        if hasattr(known, "unsafe_marked_cacheable_functions"):
+            marked = known.unsafe_marked_cacheable_functions | entries
+            within.enter_context(known.patch(unsafe_marked_cacheable_functions=marked))
+        yield
 
 
 @dataclass
