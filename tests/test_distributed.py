@@ -21,6 +21,7 @@ import lrquant
 from lrquant import LrquantError, Recipe, UsageError
 from lrquant.checkpoints.rundir import run_folder
 from lrquant.distributed import ALONE, LostRank, Ranks, check_batch, join
+from lrquant.losses import means, no_means
 from lrquant.reconstruction import allocation, solving
 from lrquant.reconstruction.learning import learn, shuffled
 from lrquant.watching import Watcher
@@ -69,10 +70,12 @@ def learned_in_double(ranks: Ranks, samples: int) -> dict[str, Any]:
     w = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     mine = x[ranks.rank :: ranks.world]
 
-    def forward(learnables: dict[str, Tensor], chosen: Any) -> tuple[Tensor, list[Tensor]]:
+    def forward(learnables: dict[str, Tensor], chosen: Any) -> Tensor:
+        if not chosen:
+            return no_means(2, "mse+nlc", torch.device("cpu"))
         part = mine[list(chosen)]
         output = torch.tanh(part / learnables["a.scale"] @ w + learnables["a.shift"])
-        return output, [torch.tanh(part @ w), torch.tanh(part @ w.T)]
+        return means(output, [torch.tanh(part @ w), torch.tanh(part @ w.T)], "mse+nlc")
 
     begin = {"a.scale": torch.linspace(0.5, 2, 6).double(), "a.shift": torch.full((6,), 0.3).double()}
     recipe = Recipe.preset("lrquant+", epochs=5, batch_size=4)
