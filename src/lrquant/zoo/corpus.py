@@ -21,14 +21,19 @@ _FOREIGN = frozenset("site-packages dist-packages encodings pydoc_data lib-dynlo
 # Parts of the standard library that some distributions package separately.
 _OPTIONAL = frozenset("test tests idle_test idlelib lib2to3 distutils tkinter turtledemo ensurepip".split())  # noqa: SIM905
 
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+
 
 def is_held_out(name: str) -> bool:
     """Whether the document `name` is in the held-out part: decided by its SHA-256 alone."""
     return hashlib.sha256(name.encode()).digest()[0] % HELD_OUT_IN == 0
 
 
-def _sources(optional: bool) -> Iterator[tuple[str, str]]:
-    """(dotted module name, source) of the standard library's modules, in the order of their names."""
+def _sources(optional: bool, held_out: bool | None = None) -> Iterator[tuple[str, str]]:
+    """(dotted module name, source) of the standard library's modules, in the order of their names.
+
+    `held_out`: only those of that part; None: all.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     found = {}
     for path in root.rglob("*.py"):
@@ -38,23 +43,27 @@ def _sources(optional: bool) -> Iterator[tuple[str, str]]:
         if _OPTIONAL.isdisjoint(relative.parts) != optional:
             found[".".join(relative.with_suffix("").parts)] = path
     for name in sorted(found):
-        yield name, found[name].read_text(encoding="utf-8", errors="replace")
+        if held_out is None or is_held_out(name) == held_out:
+            yield name, found[name].read_text(encoding="utf-8", errors="replace")
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, ast.Expr, str]]:
     """(name of the owner, the docstring's statement, its cleaned text) of every docstring in `tree`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield getattr(node, "name", ""), node.body[0], text  # type: ignore[misc]
+    level: list[ast.AST] = [tree]
+    while level:  # level by level; definitions are within statements, never within expressions
+        for node in level:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    yield getattr(node, "name", ""), node.body[0], text  # type: ignore[misc]
+        level = [inner for node in level for inner in ast.iter_child_nodes(node) if isinstance(inner, _STATEMENTS)]
 
 
 @cache
-def _modules() -> tuple[tuple[str, str, str], ...]:
-    """(name, its docstrings as text, its source without them) of every module that parses."""
+def _modules(held_out: bool) -> tuple[tuple[str, str, str], ...]:
+    """(name, its docstrings as text, its source without them) of every module of a part that parses."""
     modules = []
-    for name, source in _sources(optional=False):
+    for name, source in _sources(optional=False, held_out=held_out):
         try:
             tree = ast.parse(source)
         except (SyntaxError, ValueError):
@@ -82,13 +91,13 @@ def _topics() -> dict[str, str]:
 @cache
 def documents(dataset: str, split: str) -> tuple[str, ...]:
     """Documents of `dataset` (`pydoc` or `pycode`), part `split` (`train` or `heldout`), ordered by name."""
-    if dataset == "pydoc":
-        named = [(f"topic:{name}", text) for name, text in sorted(_topics().items())]
-        named += [(name, prose) for name, prose, _ in _modules() if prose]
-    elif dataset == "pycode":
-        named = [(name, code) for name, _, code in _modules() if len(code) > 1]
-    else:
+    if dataset not in ("pydoc", "pycode"):
         raise ValueError(f"unknown offline text {dataset!r}: there are 'pydoc' and 'pycode'")
     if split not in ("train", "heldout"):
         raise ValueError(f"unknown part {split!r}: there are 'train' and 'heldout'")
-    return tuple(text for name, text in named if is_held_out(name) == (split == "heldout"))
+    modules = _modules(split == "heldout")
+    if dataset == "pycode":
+        return tuple(code for _, _, code in modules if len(code) > 1)
+    topics = [(f"topic:{name}", text) for name, text in sorted(_topics().items())]
+    chosen = [text for name, text in topics if is_held_out(name) == (split == "heldout")]
+    return (*chosen, *(prose for _, prose, _ in modules if prose))
