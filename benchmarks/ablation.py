@@ -1,6 +1,7 @@
 """What each part of a method is worth: `python benchmarks/ablation.py`, offline, on the bundled model.
 
     python benchmarks/ablation.py                                      the parts of LRQuant+
+    python benchmarks/ablation.py --table max --formats W4A4           the parts of lrquant-max
     python benchmarks/ablation.py --table all --formats W4A4           everything there is, one part removed at a time
     python benchmarks/ablation.py --table all --outliers 30            … behind norms with outlier channels
     python benchmarks/ablation.py --table all --concentrate            … with hidden states in a few channels
@@ -38,6 +39,7 @@ def on(*parts: str) -> Row:
 
 PLUS = on("two_branch", "dynamic_loss", "rotation")
 ALL: Row = PLUS | {"rounding": "learned", "orthogonal": ("stream", "values", "down")}
+MAX: Row = {"method": "lrquant-max"}
 TABLES: dict[str, dict[str, Row]] = {
     "lrquant+": {
         "LRQuant": {},
@@ -48,6 +50,17 @@ TABLES: dict[str, dict[str, Row]] = {
         "LRQuant+ without two branches": on("dynamic_loss", "rotation"),
         "LRQuant+ without dynamic loss": on("two_branch", "rotation"),
         "LRQuant+ without rotation": on("two_branch", "dynamic_loss"),
+    },
+    "max": {
+        "lrquant-max": MAX,
+        "… without smoothing": MAX | {"let": False},
+        "… without clipping": MAX | {"lwc": False},
+        "… without learned rounding": MAX | {"rounding": "nearest"},
+        "… without two branches and dynamic loss": MAX | {"two_branch": False, "dynamic_loss": False},
+        "… without rotation vectors": MAX | {"rotation": False},
+        "… without tuning as a whole": MAX | {"tuning_epochs": 0},
+        "… with two branches, dynamic loss and rotation vectors": MAX | PLUS,
+        "… with orthogonal rotation of stream and values": MAX | {"orthogonal": ("stream", "values")},
     },
     "all": {
         "rounding to nearest": {"method": "rtn"},
@@ -82,7 +95,7 @@ def main(
     epochs: int = 5,
     batch_size: int = 4,
     windows: int = 64,
-    table: Annotated[str, typer.Option(help="Which rows: lrquant+ or all.")] = "lrquant+",
+    table: Annotated[str, typer.Option(help=f"Which rows: {', '.join(TABLES)}.")] = "lrquant+",
     outliers: Annotated[float, typer.Option(help="First grow channels behind every norm by this factor.")] = 1.0,
     concentrate: Annotated[bool, typer.Option(help="First turn the hidden states to their principal axes.")] = False,
     formats: Annotated[str, typer.Option(help="Only these formats, separated by commas.")] = ",".join(FORMATS),
