@@ -61,6 +61,7 @@ TABLES: dict[str, dict[str, Row]] = {
         "… without tuning as a whole": MAX | {"tuning_epochs": 0},
         "… with two branches, dynamic loss and rotation vectors": MAX | PLUS,
         "… with orthogonal rotation of stream and values": MAX | {"orthogonal": ("stream", "values")},
+        "… with orthogonal rotation of values": MAX | {"orthogonal": ("values",)},
     },
     "all": {
         "rounding to nearest": {"method": "rtn"},

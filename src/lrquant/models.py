@@ -65,7 +65,7 @@ def pick_device(choice: str) -> torch.device:
     Raises:
         UsageError: no such device here.
     """
-    found = torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if choice in ("auto", "cuda") and found.type == "cuda" and distributed.launched():
         mine = distributed.local_rank()
         if mine >= torch.cuda.device_count():

@@ -64,8 +64,10 @@ class Recipe(BaseModel):
     smooth_attention: bool = Field(True, description="Scales between v and out, and between queries and keys")
     smooth_mlp: bool = Field(True, description="Scales between up and down projections")
     lwc: bool = Field(True, description="Learnable weight clipping")
-    orthogonal: tuple[Literal["stream", "values", "down"], ...] = Field(
-        (), description="What is rotated by orthogonal matrices before anything is learned; down: at run time"
+    orthogonal: tuple[Literal["auto", "stream", "values", "down"], ...] = Field(
+        (),
+        description="What is rotated by orthogonal matrices before anything is learned; down: at run time; auto: what "
+        "costs nothing in the checkpoint",
     )
     orthogonal_kind: Literal["hadamard", "random"] = Field(
         "hadamard", description="Hadamard matrices with random signs, or random orthogonal matrices"
@@ -200,12 +202,7 @@ class Recipe(BaseModel):
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
         chosen = with_format(format, changes)
-        values = {"method": method, **PRESETS[method]}
-        if chosen.get("abits", cls.model_fields["abits"].default) == HIGH_PRECISION_BITS:
-            values |= WEIGHT_ONLY.get(method, {})
-        if paper_exact:
-            values |= _paper_exact(method, chosen)
-        return cls.parse(values | FLOATS.get(chosen.get("numbers", "int"), {}) | chosen)
+        return cls.parse({"method": method} | _defaults(method, chosen, paper_exact) | chosen)
 
     @classmethod
     def parse(cls, values: Any) -> "Recipe":
@@ -250,11 +247,7 @@ class Recipe(BaseModel):
         method = values.get("method", "lrquant")
         if not isinstance(method, str) or method not in PRESETS:
             raise UsageError(f"{path}: unknown method {method!r}: there are {', '.join(PRESETS)}")
-        defaults = dict(PRESETS[method])
-        if values.get("abits") == HIGH_PRECISION_BITS:
-            defaults |= WEIGHT_ONLY.get(method, {})
-        numbers = values.get("numbers")
-        return cls.parse(defaults | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {}) | values)
+        return cls.parse(_defaults(method, values) | values)
 
 
 def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,6 +318,19 @@ PAPER_EXACT: dict[str, dict[str, Any]] = {
 }
 
 
+def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False) -> dict[str, Any]:
+    """What the preset `method` is for the number format in `chosen`, values that nobody checked yet."""
+    bits, numbers = chosen.get("abits", Recipe.model_fields["abits"].default), chosen.get("numbers", "int")
+    values = dict(PRESETS[method])
+    if bits == HIGH_PRECISION_BITS:
+        values |= WEIGHT_ONLY.get(method, {})
+    elif numbers == "int" and bits in range(2, FEW_ACTIVATION_BITS + 1):
+        values |= FEW_BITS.get(method, {})
+    if paper_exact:
+        values |= _paper_exact(method, chosen)
+    return values | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {})
+
+
 def _paper_exact(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """The paper's setting of `method`; weight-only learns clipping (and rotations) without smoothing."""
     if method not in PAPER_EXACT:
@@ -344,3 +350,7 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "omniquant": {"let": False},
     "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
 }
+
+# What a preset changes for activations of few integer bits, of which an outlier channel leaves the others hardly any.
+FEW_ACTIVATION_BITS = 6
+FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",)}}

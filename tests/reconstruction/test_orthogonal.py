@@ -14,7 +14,7 @@ from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.errors import UsageError
 from lrquant.reconstruction.graphs import Graphs
-from lrquant.reconstruction.orthogonal import Rotated, rotate
+from lrquant.reconstruction.orthogonal import Rotated, rotate, settled
 from lrquant.reconstruction.parameters import BlockParameters, freeze, initial_clipping
 from lrquant.reconstruction.residence import Residence
 from lrquant.transforms.online import BlockHadamard, add_online_transform
@@ -38,6 +38,10 @@ def rotated(model: Any, *parts: str, kind: str = "hadamard", seed: int = 0) -> R
     recipe = Recipe.preset("lrquant", orthogonal=parts, orthogonal_kind=kind, seed=seed)
     family = family_of(model)
     return rotate(model, family.stages(model, family.towers), recipe, Residence(model), torch.float64)
+
+
+def tied(model: Any) -> bool:
+    return bool(getattr(model, "all_tied_weights_keys", None))
 
 
 def deviation(model: Any, expected: Tensor) -> float:
@@ -64,6 +68,43 @@ def test_parts_beside_the_stream_are_exact_in_every_family(name: str, part: str)
     before = models.logits(model, IDS)
     rotated(model, part)
     assert deviation(model, before) < EXACT
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_auto_is_what_costs_nothing_in_every_family(name: str) -> None:
+    model = models.build(name)
+    before, parameters, was_tied = models.logits(model, IDS), sum(p.numel() for p in model.parameters()), tied(model)
+    family = family_of(model)
+    recipe = settled(model, family.stages(model, family.towers), Recipe.preset("lrquant", orthogonal=("auto",)))
+    assert "values" in recipe.orthogonal
+    assert ("stream" in recipe.orthogonal) == (not was_tied and name not in NO_STREAM and not biased_norms(model))
+    rotated(model, *recipe.orthogonal)
+    assert deviation(model, before) < EXACT
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert tied(model) == was_tied
+
+
+def biased_norms(model: Any) -> bool:
+    return any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", vision_models.MODELS)
+def test_auto_is_possible_for_every_model_that_sees(name: str) -> None:
+    model = vision_models.build(name)
+    family = family_of(model)
+    stages = family.stages(model, family.towers)
+    recipe = settled(model, stages, Recipe.preset("lrquant", orthogonal=("auto",)))
+    if recipe.orthogonal:
+        rotate(model, stages, recipe, Residence(model), torch.float64)
+
+
+def test_auto_stands_beside_what_is_named() -> None:
+    model = models.build("llama")
+    stages = family_of(model).stages(model)
+    recipe = settled(model, stages, Recipe.preset("lrquant", orthogonal=("down", "auto", "values")))
+    assert set(recipe.orthogonal) >= {"down", "values"}
+    assert "auto" not in recipe.orthogonal
+    assert len(recipe.orthogonal) == len(set(recipe.orthogonal))
 
 
 @pytest.mark.parametrize("name", NO_STREAM)

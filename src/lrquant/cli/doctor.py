@@ -120,7 +120,7 @@ def _devices() -> list[dict[str, str]]:
     import torch
 
     found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": "", "bf16": _cpu_bf16()}]
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return found
     for index in range(torch.accelerator.device_count()):

@@ -186,7 +186,7 @@ def quantize(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Rotate these before anything is learned: stream, values, and, at run time, down.",
+            help="Rotate these before anything is learned: stream, values, and, at run time, down; auto: what is free.",
             show_default="none",
         ),
     ] = None,

@@ -40,7 +40,7 @@ from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.journal import Journal
 from lrquant.reconstruction.learning import Learnables
-from lrquant.reconstruction.orthogonal import rotate
+from lrquant.reconstruction.orthogonal import rotate, settled
 from lrquant.reconstruction.outside import chosen_modules, round_outside
 from lrquant.reconstruction.preparation import (
     check_finite,
@@ -97,6 +97,7 @@ def reconstruct(
             check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
     attention = recipe.scheme.attention
     attention_args = attention if attention and route_attention(model) else None
+    recipe = settled(model, stages, recipe)
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
     result.rotated = rotate(model, stages, recipe, residence, storage_dtype)
     if recipe.target_bits is not None and recipe.layer_bits is None:

@@ -42,6 +42,34 @@ class Rotated:
     notes: list[str] = field(default_factory=list)
 
 
+def settled(model: Any, stages: Sequence[Stage], recipe: Recipe) -> Recipe:
+    """`recipe` with `auto` replaced by the rotations that cost nothing at run time and no byte of the checkpoint.
+
+    Those are the values', and the stream's where embeddings and head are not one tensor.
+    """
+    if "auto" not in recipe.orthogonal:
+        return recipe
+    parts = {
+        "stream": any(_is_free(model, stage) for stage in stages),
+        "values": any(_allows(stage, "values") for stage in stages),
+    }
+    named = [part for part in recipe.orthogonal if part != "auto"]
+    return recipe.changed(orthogonal=tuple(dict.fromkeys([*(part for part in parts if parts[part]), *named])))
+
+
+def _is_free(model: Any, stage: Stage) -> bool:
+    """Whether the hidden states of `stage` can be rotated without a parameter more."""
+    if not _allows(stage, "stream"):
+        return False
+    try:
+        head = check_stream(model, stage)
+    except UsageError:
+        return False
+    above = model.get_submodule(stage.path.rpartition(".")[0])
+    plain_norm = getattr(above.get_submodule(_residual(stage).norm), "bias", None) is None
+    return plain_norm and f"{head}.weight" not in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
 @torch.no_grad()
 def rotate(
     model: Any, stages: Sequence[Stage], recipe: Recipe, residence: Residence, storage_dtype: torch.dtype
@@ -90,17 +118,28 @@ def _allows(stage: Stage, part: str) -> bool:
     return stage.residual is not None and not (part == "stream" and stage.residual.why_not)
 
 
-def check_stream(block: nn.Module, stage: Stage, path: str) -> None:
-    """Raise unless every linear of `block` is known to read from the stream or to write to it."""
-    residual: ResidualStream = stage.residual  # type: ignore[assignment]
+def check_stream(model: Any, stage: Stage) -> str:
+    """The path of the head that reads the hidden states of `stage`.
+
+    Raises:
+        UsageError: something reads or writes them that a rotation cannot be folded into.
+    """
+    residual = _residual(stage)
     readers = {linear for norm in _norms(stage) for linear in norm.linears}
-    linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    odd = sorted(linears ^ (readers | set(residual.writers)))
-    if odd:
-        raise UsageError(
-            f"orthogonal 'stream': {path}.{odd[0]} neither reads the residual stream behind a norm nor writes to it; "
-            f"leave it out"
-        )
+    for index, block in enumerate(stage.blocks(model)):
+        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        odd = sorted(linears ^ (readers | set(residual.writers)))
+        if odd:
+            raise UsageError(
+                f"orthogonal 'stream': {stage.path}.{index}.{odd[0]} neither reads the residual stream behind a norm "
+                f"nor writes to it; leave it out"
+            )
+    above, head = model.get_submodule(stage.path.rpartition(".")[0]), model.get_output_embeddings()
+    if head is None or getattr(above, residual.norm, None) is None:
+        raise UsageError("orthogonal 'stream': a model without a language head would answer in rotated hidden states")
+    if getattr(above, "project_in", None) is not None:
+        raise UsageError("orthogonal 'stream': embeddings of another width than the blocks' cannot be rotated")
+    return next(name for name, module in model.named_modules() if module is head)
 
 
 def _norms(stage: Stage) -> list[NormToLinears]:
@@ -131,15 +170,8 @@ def rotate_stream(model: Any, stage: Stage, matrix: Tensor, residence: Residence
     Raises:
         UsageError: something reads or writes them that a rotation cannot be folded into.
     """
-    residual, norms = _residual(stage), _norms(stage)
-    for index, block in enumerate(stage.blocks(model)):
-        check_stream(block, stage, f"{stage.path}.{index}")
-    above, head = model.get_submodule(stage.path.rpartition(".")[0]), model.get_output_embeddings()
-    if head is None or getattr(above, residual.norm, None) is None:
-        raise UsageError("orthogonal 'stream': a model without a language head would answer in rotated hidden states")
-    if getattr(above, "project_in", None) is not None:
-        raise UsageError("orthogonal 'stream': embeddings of another width than the blocks' cannot be rotated")
-    head_path = next(name for name, module in model.named_modules() if module is head)
+    residual, norms, head_path = _residual(stage), _norms(stage), check_stream(model, stage)
+    above = model.get_submodule(stage.path.rpartition(".")[0])
     untied = _untie(model, head_path, residence)
     for name in residual.embeddings:
         _multiply(above.get_submodule(name).weight, matrix)  # type: ignore[arg-type]
