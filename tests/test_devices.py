@@ -27,5 +27,5 @@ def test_an_accelerator_is_taken_and_can_be_left(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_device_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(UsageError, match="^device 'xpu' cannot be used here"):
+    with pytest.raises(UsageError, match=r"^device 'xpu' cannot be used here"):
         pick_device("xpu")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -62,6 +63,19 @@ def test_presets_are_the_published_methods() -> None:
     assert lrquant.epochs * lrquant.nsamples <= exact.epochs * exact.nsamples / 3  # with rates that follow a cosine
     assert not Recipe.preset("omniquant", abits=16).let  # weight-only: clipping alone
     assert Recipe.preset("omniquant", abits=16, let=True).let
+
+
+def test_a_preset_follows_the_number_format(tmp_path: Path) -> None:
+    def rotated(**numbers: Any) -> tuple[str, ...]:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": "lrquant-max", **numbers}))
+        recipe = Recipe.preset("lrquant-max", **numbers)
+        assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+        return recipe.orthogonal
+
+    assert rotated(wbits=4, abits=4) == rotated(wbits=6, abits=6) == ("auto",)
+    assert rotated(wbits=4, abits=8) == rotated(wbits=4, abits=16) == rotated(numbers="nvfp4") == ()
+    assert Recipe.preset("lrquant-max", abits=4, orthogonal=()).orthogonal == ()
+    assert Recipe.preset("lrquant", abits=4).orthogonal == ()
 
 
 def test_none_leaves_a_presets_value_and_changes_are_validated() -> None:

@@ -43,18 +43,15 @@ class Rotated:
 
 
 def settled(model: Any, stages: Sequence[Stage], recipe: Recipe) -> Recipe:
-    """`recipe` with `auto` replaced by the rotations that cost nothing at run time and no byte of the checkpoint.
+    """`recipe` with `auto` replaced: `stream` and `values` where they make no checkpoint larger, nothing elsewhere.
 
-    Those are the values', and the stream's where embeddings and head are not one tensor.
+    Rotated values alone bring nothing (docs/benchmarks.md).
     """
     if "auto" not in recipe.orthogonal:
         return recipe
-    parts = {
-        "stream": any(_is_free(model, stage) for stage in stages),
-        "values": any(_allows(stage, "values") for stage in stages),
-    }
-    named = [part for part in recipe.orthogonal if part != "auto"]
-    return recipe.changed(orthogonal=tuple(dict.fromkeys([*(part for part in parts if parts[part]), *named])))
+    free = ("stream", "values") if any(_is_free(model, stage) for stage in stages) else ()
+    named = (part for part in recipe.orthogonal if part != "auto")
+    return recipe.changed(orthogonal=tuple(dict.fromkeys([*free, *named])))
 
 
 def _is_free(model: Any, stage: Stage) -> bool:
