@@ -331,7 +331,7 @@ def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False)
     return values | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {})
 
 
-def _paper_exact(method: str, chosen: dict[str, Any]) -> dict[str, Any]:
+def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's setting of `method`; weight-only learns clipping (and rotations) without smoothing."""
     if method not in PAPER_EXACT:
         raise UsageError(f"paper_exact is for {', '.join(PAPER_EXACT)}: {method} learns nothing")
