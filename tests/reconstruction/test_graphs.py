@@ -12,8 +12,10 @@ import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.calibration import capture
+from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.reconstruction import speed
 from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.graphs import Graphs
 from lrquant.reconstruction.parameters import BlockParameters, freeze, initial_clipping, initial_rotation
@@ -21,6 +23,7 @@ from lrquant.reconstruction.preparation import linear_input_args
 from tests.tiny import write_tiny
 
 CPU = torch.device("cpu")
+needs_compiling = pytest.mark.skipif(not kernels.COMPILES_EXACTLY, reason="this PyTorch is not asked to compile")
 
 
 class Line(nn.Module):
@@ -53,6 +56,7 @@ def random_learnables(fixed: BlockParameters, rotation: bool = True) -> dict[str
     return learnables
 
 
+@needs_compiling
 @pytest.mark.parametrize(
     ("storage", "numbers"),
     [
@@ -85,6 +89,7 @@ def test_a_graph_rounds_to_the_frozen_weights(storage: torch.dtype, numbers: dic
     assert len(graphs.known) == 1
 
 
+@needs_compiling
 def test_code_that_cannot_be_compiled_runs_as_it_is() -> None:
     recipe = Recipe.preset("lrquant", wbits=3, abits=16, kernels="compiled")
     block = Wayward(64)
@@ -95,6 +100,7 @@ def test_code_that_cannot_be_compiled_runs_as_it_is() -> None:
     assert not graph.works
 
 
+@needs_compiling
 def test_other_code_has_another_graph() -> None:
     recipe = Recipe.preset("lrquant", wbits=3, abits=16, kernels="compiled")
     graphs = Graphs(recipe, CPU)
@@ -109,6 +115,7 @@ def test_other_code_has_another_graph() -> None:
     assert graph_of(first) is not graph_of(Line(32))
 
 
+@needs_compiling
 def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     model = lrquant.load(str(write_tiny(tmp_path / "tiny"))).float()
     route_attention(model)
@@ -135,3 +142,14 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     for name, expected in plain_gradients.items():
         assert expected is not None
         torch.testing.assert_close(whole_gradients[name], expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_a_pytorch_that_loses_roundings_is_not_asked_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "COMPILES_EXACTLY", False)
+    monkeypatch.setattr(speed, "WORTH_COMPILING", 0.0)
+    block = Line(64)
+    block.norm = nn.LayerNorm(64)
+    recipe = Recipe.preset("lrquant", wbits=3, abits=16)
+    assert speed.settle(recipe, CPU, [block], 8, 16).kernels == "eager"
+    with pytest.raises(UsageError, match=r"^kernels = compiled: PyTorch .* 2\.13"):
+        speed.settle(recipe.changed(kernels="compiled"), CPU, [block], 8, 16)

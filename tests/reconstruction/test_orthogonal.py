@@ -21,7 +21,7 @@ from lrquant.transforms.online import BlockHadamard, add_online_transform
 from lrquant.transforms.orthogonal import hadamard, keeping_mean, orthogonal_matrix
 from tests import models, vision_models
 from tests.models import InDouble
-from tests.reconstruction.test_graphs import Line
+from tests.reconstruction.test_graphs import Line, needs_compiling
 
 EXACT = 1e-10  # relative to the largest logit
 IDS = models.token_ids(2)
@@ -213,6 +213,7 @@ def test_a_hadamard_rotation_spreads_one_channel_evenly() -> None:
     assert torch.allclose((outlier @ matrix).abs(), torch.full((64,), 8.0).double())
 
 
+@needs_compiling
 def test_a_transform_at_run_time_compiles_with_its_block() -> None:
     recipe = Recipe.preset("lrquant", wbits=4, abits=16, kernels="compiled", products="float32")
     block = Line(64)

@@ -1,7 +1,8 @@
 """How the arithmetic of `lrquant.formats.rows` runs: plain PyTorch, compiled by PyTorch, or hand-written for CUDA.
 
     eager      chunks of rows that fit a processor's cache, one operation after another; starts at once
-    compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling
+    compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling;
+               from PyTorch 2.13 on, before which it is eager
     triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels); compiled for four-bit floats
 
 All give the same x̂ bit for bit, so that a checkpoint holds the integers that training saw; gradients agree to
@@ -16,11 +17,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from lrquant.formats.rows import Factors, Gradients, Rounding, gradients_of_rows, quantize_rows
 
 _CHOSEN: ContextVar[str] = ContextVar("kernels", default="eager")
+# Before, torch.compile passed over roundings on the way: a scale kept digits that the checkpoint does not hold.
+COMPILES_EXACTLY = Version(torch.__version__).release >= (2, 13)
 _CHUNK = {"eager": 1 << 16, "compiled": 1 << 20}  # elements of a call per thread of a CPU
 _CHUNK_OF_ACCELERATOR = 1 << 24
 
@@ -94,7 +98,8 @@ def _chosen_for(x: Tensor, how: Rounding) -> str:
     if kernels == "triton" and not x.is_cuda:
         return "eager"
     # Triton's kernels here know integers; PyTorch compiles the arithmetic of four-bit floats as well.
-    return "compiled" if kernels == "triton" and how.grid.is_float else kernels
+    kernels = "compiled" if kernels == "triton" and how.grid.is_float else kernels
+    return "eager" if kernels == "compiled" and not COMPILES_EXACTLY else kernels
 
 
 def _joined(parts: Sequence[Gradients]) -> Gradients:

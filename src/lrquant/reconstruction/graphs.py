@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.formats.kernels import COMPILES_EXACTLY
 from lrquant.losses import means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.parameters import BlockParameters, Prepared, prepared, rounded_weights
@@ -125,7 +126,7 @@ class Graphs:
 
         A graph is for a processor, on which time goes between small operations; CUDA has kernels of its own.
         """
-        if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None:
+        if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None or not COMPILES_EXACTLY:
             return None
         if fixed.bits:  # would need a graph for each choice of bits
             return None

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from lrquant.errors import UsageError
+from lrquant.formats.kernels import COMPILES_EXACTLY
 from lrquant.recipe import Recipe
 
 # Values gone through in a run from which compiling (half a minute, once) is sooner done than doing without.
@@ -21,16 +23,25 @@ def settle(recipe: Recipe, device: torch.device, blocks: Sequence[nn.Module], sa
     """`recipe` with `products` and `kernels` chosen for this machine where they are `auto`.
 
     `tokens` is the length of a sample. Nothing is learned without steps: then the choice is the plain one.
+
+    Raises:
+        UsageError: kernels are asked for that this PyTorch cannot compile exactly.
     """
     products, kernels = recipe.products, recipe.kernels
+    if kernels == "compiled" and not COMPILES_EXACTLY:
+        raise UsageError(
+            f"kernels = compiled: PyTorch {torch.__version__} loses roundings when it compiles; it takes PyTorch 2.13, "
+            f"or leave the kernels to lrquant"
+        )
     if products == "auto":
         products = "bfloat16" if recipe.learns and has_fast_bfloat16(device) else "float32"
     if kernels == "auto":
         kernels = "eager"
         if recipe.learns and device.type == "cuda" and has_triton():
             kernels = "triton"
-        elif recipe.learns and values_of_all_steps(recipe, blocks, samples, tokens) > WORTH_COMPILING:
-            kernels = "compiled"
+        elif recipe.learns and COMPILES_EXACTLY:
+            worth_it = values_of_all_steps(recipe, blocks, samples, tokens) > WORTH_COMPILING
+            kernels = "compiled" if worth_it else "eager"
     return recipe.changed(products=products, kernels=kernels)
 
 
