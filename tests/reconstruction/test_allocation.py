@@ -117,7 +117,8 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(name: str, tiny: 
     assert on_disk == Counter(bits.values())
 
 
-def test_an_interrupted_run_and_its_own_recipe_end_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True], ids=["as it was left", "damaged"])
+def test_an_interrupted_run_and_its_own_recipe_end_in_the_same_bytes(damaged: bool, tiny: Path, tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
@@ -129,8 +130,12 @@ def test_an_interrupted_run_and_its_own_recipe_end_in_the_same_bytes(tiny: Path,
     lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "whole")
     with pytest.raises(Interrupted):
         lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "cut", watcher=Stop())
-    assert (tmp_path / ".cut.lrquant" / "bits.json").is_file()  # errors are not measured a second time
-    lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "cut")
+    bits = tmp_path / ".cut.lrquant" / "bits.json"  # errors are not measured a second time
+    if damaged:
+        bits.write_text(bits.read_text()[:-9])
+    assert bits.is_file()
+    resumed = lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "cut")
+    assert any("bits.json: damaged" in note and "measured again" in note for note in resumed.notes) == damaged
     lrquant.quantize(str(tiny), Recipe.from_yaml(tmp_path / "whole" / "recipe.yaml"), save_dir=tmp_path / "again")
     first, *others = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut", "again"))
     assert all(other == first for other in others)

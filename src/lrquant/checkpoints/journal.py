@@ -73,7 +73,9 @@ class DiskJournal(Journal):
         file = self.folder / "bits.json"
         try:
             bits = read_entry(file, BitsEntry).bits
-        except (FileNotFoundError, LrquantError):
+        except (FileNotFoundError, LrquantError) as error:
+            if isinstance(error, LrquantError):
+                self.damaged.append(f"{error}; errors are measured again")
             bits = found()
             write_entry(file, BitsEntry(bits=bits))
         self._scheme = replace(self._scheme, bits=bits)
