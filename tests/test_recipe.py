@@ -75,6 +75,7 @@ def test_a_preset_follows_the_number_format(tmp_path: Path) -> None:
     assert rotated(wbits=4, abits=4) == rotated(wbits=6, abits=6) == ("auto",)
     assert rotated(wbits=4, abits=8) == rotated(wbits=4, abits=16) == rotated(numbers="nvfp4") == ()
     assert Recipe.preset("lrquant-max", abits=4, orthogonal=()).orthogonal == ()
+    assert Recipe.preset("lrquant-max", abits=4).epochs < Recipe.preset("lrquant-max", abits=16).epochs
     assert Recipe.preset("lrquant", abits=4).orthogonal == ()
 
 

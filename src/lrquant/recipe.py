@@ -351,6 +351,7 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
 }
 
-# What a preset changes for activations of few integer bits, of which an outlier channel leaves the others hardly any.
+# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them,
+# and more epochs than these bring nothing (docs/benchmarks.md).
 FEW_ACTIVATION_BITS = 6
-FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",)}}
+FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",), "epochs": 10}}
