@@ -1,7 +1,7 @@
 """Losses between a quantized block's outputs, or a quantized model's, and their full-precision targets.
 
-All take (samples, tokens, width) and return a scalar, a mean over all samples and tokens of the step.
-Sums are accumulated in float32 at least.
+Outputs and targets are (samples, tokens, width); a loss of one target is a scalar, a mean over all samples and tokens
+of the step. Sums are accumulated in float32 at least.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,10 @@ MEANS = {"mse": (mse,), "mse+nlc": (mse, mean_cosine), "divergence": (divergence
 
 
 def means(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
-    """The means that the loss `kind` is made of, (means, targets): squared errors or divergences, then cosines."""
+    """The means that the loss `kind` is made of, for each target: squared errors or divergences, then cosines, in rows.
+
+    (1, targets) or (2, targets), float32 at least; differentiable.
+    """
     return torch.stack([torch.stack([mean(output, target) for target in targets]) for mean in MEANS[kind]])
 
 
