@@ -71,6 +71,17 @@ def test_the_plain_block_computes_what_the_engine_does(
     assert ours == pytest.approx(plain, rel=1e-4)
 
 
+def test_whole_run(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    whole_run = script("whole_run", monkeypatch)
+    monkeypatch.setattr(whole_run, "in_own_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
+    whole_run.main(tiny, "default", "lrquant", 4, 4, 2, 16, 2, "zoo:pydoc", 0)
+    found = rows(capsys.readouterr().out)
+    assert [row[:2] for row in found] == [["default", name] for name in ("plain", "first", "again")]
+    assert float(found[0][4]) == pytest.approx(float(found[1][4]), rel=0.02)  # rounds otherwise the same
+    assert found[1][4] == found[2][4]
+
+
 def test_methods_and_ablation(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

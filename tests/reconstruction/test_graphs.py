@@ -1,12 +1,14 @@
 """Blocks compiled as a whole: the same integers and gradients, one graph for blocks that differ in tensors alone."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import cpu_vec_isa
 
 import lrquant
 from lrquant import Recipe
@@ -142,6 +144,20 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     for name, expected in plain_gradients.items():
         assert expected is not None
         torch.testing.assert_close(whole_gradients[name], expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+@needs_compiling
+@pytest.mark.parametrize(("kernel", "asked"), [("compiled", 1), ("eager", 0)])
+def test_the_compiler_is_asked_early_where_it_will_be_needed(
+    kernel: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[threading.Thread] = []
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: calls.append(threading.current_thread()))
+    Graphs(Recipe.preset("lrquant", kernels=kernel), CPU)
+    for thread in [thread for thread in threading.enumerate() if thread.name == "lrquant asks the compiler"]:
+        thread.join()
+    assert len(calls) == asked
+    assert threading.main_thread() not in calls
 
 
 def test_a_pytorch_that_loses_roundings_is_not_asked_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:

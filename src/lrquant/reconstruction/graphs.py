@@ -10,8 +10,9 @@ arithmetic inside is that of `lrquant.formats.rows`: a graph rounds weights to t
 
 import copy
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,6 +114,21 @@ def _remembered() -> Iterator[None]:
         yield
 
 
+def _ask_compiler() -> None:
+    """Have PyTorch ask the C++ compiler what it can do: on a new machine seconds, in which there is other work to do.
+
+    What goes wrong here goes wrong again where it is needed, and is told there.
+    """
+    # Imported here already: two threads must not import parts of PyTorch at once.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
+    def ask() -> None:
+        with suppress(Exception):
+            cpu_vec_isa.pick_vec_isa()
+
+    threading.Thread(target=ask, name="lrquant asks the compiler", daemon=True).start()
+
+
 @dataclass
 class Graphs:
     """The graphs of one run."""
@@ -121,14 +137,17 @@ class Graphs:
     device: torch.device
     known: dict[Any, Graph] = field(default_factory=dict)
 
-    def of(self, block: nn.Module, fixed: BlockParameters) -> Graph | None:
-        """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use.
+    def __post_init__(self) -> None:
+        if self._useful():
+            _ask_compiler()
 
-        A graph is for a processor, on which time goes between small operations; CUDA has kernels of its own.
-        """
-        if self.recipe.kernels != "compiled" or self.device.type != "cpu" or fixed.grid is None or not COMPILES_EXACTLY:
-            return None
-        if fixed.bits:  # would need a graph for each choice of bits
+    def _useful(self) -> bool:
+        """A graph is for a processor, on which time goes between small operations; CUDA has kernels of its own."""
+        return self.recipe.kernels == "compiled" and self.device.type == "cpu" and COMPILES_EXACTLY
+
+    def of(self, block: nn.Module, fixed: BlockParameters) -> Graph | None:
+        """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use."""
+        if not self._useful() or fixed.grid is None or fixed.bits:  # each choice of bits would need a graph of its own
             return None
         kind = _kind(block, fixed)
         if kind not in self.known:
