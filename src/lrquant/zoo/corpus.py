@@ -10,6 +10,7 @@ Python release. The texts themselves follow the interpreter's version, so result
 import ast
 import hashlib
 import importlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
@@ -36,12 +37,15 @@ def _sources(optional: bool, held_out: bool | None = None) -> Iterator[tuple[str
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = {}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if not _FOREIGN.isdisjoint(relative.parts) or relative.parts[0].startswith(("config-", "_sysconfigdata")):
+    for folder, inner, files in os.walk(root):
+        relative = Path(folder).relative_to(root)
+        # Not entered: what is installed beside the library is many times its size.
+        inner[:] = [name for name in inner if name not in _FOREIGN and not name.startswith("config-")]
+        if _OPTIONAL.isdisjoint(relative.parts) == optional:
             continue
-        if _OPTIONAL.isdisjoint(relative.parts) != optional:
-            found[".".join(relative.with_suffix("").parts)] = path
+        for name in files:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                found[".".join((*relative.parts, name.removesuffix(".py")))] = Path(folder, name)
     for name in sorted(found):
         if held_out is None or is_held_out(name) == held_out:
             yield name, found[name].read_text(encoding="utf-8", errors="replace")
