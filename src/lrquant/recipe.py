@@ -297,7 +297,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dynamic_loss": True,
         "rotation": True,
         "rounding": "learned",
-        "epochs": 24,
+        "epochs": 10,
         "batch_size": 8,
         "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
     },
@@ -321,11 +321,16 @@ PAPER_EXACT: dict[str, dict[str, Any]] = {
 def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False) -> dict[str, Any]:
     """What the preset `method` is for the number format in `chosen`, values that nobody checked yet."""
     bits, numbers = chosen.get("abits", Recipe.model_fields["abits"].default), chosen.get("numbers", "int")
+    weights = chosen.get("target_bits") or chosen.get("wbits")
+    coarse = numbers != "int" or (isinstance(weights, int | float) and weights < FINE_WEIGHT_BITS)
+    few_activation_bits = numbers == "int" and bits in range(2, FEW_ACTIVATION_BITS + 1)
     values = dict(PRESETS[method])
     if bits == HIGH_PRECISION_BITS:
         values |= WEIGHT_ONLY.get(method, {})
-    elif numbers == "int" and bits in range(2, FEW_ACTIVATION_BITS + 1):
+    if few_activation_bits:
         values |= FEW_BITS.get(method, {})
+    elif coarse:
+        values |= COARSE_WEIGHTS.get(method, {})
     if paper_exact:
         values |= _paper_exact(method, chosen)
     return values | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {})
@@ -351,7 +356,11 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
 }
 
-# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them,
-# and more epochs than these bring nothing (docs/benchmarks.md).
+# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.
 FEW_ACTIVATION_BITS = 6
-FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",), "epochs": 10}}
+FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",)}}
+
+# What a preset changes for weights of fewer integer bits than these and for four-bit floats, unless coarse activations
+# drown what more epochs bring (docs/benchmarks.md).
+FINE_WEIGHT_BITS = 4
+COARSE_WEIGHTS: dict[str, dict[str, Any]] = {"lrquant-max": {"epochs": 24}}
