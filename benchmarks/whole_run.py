@@ -59,11 +59,8 @@ def main(
     seqlen: int = 256,
     windows: int = 64,
     calib: str = "zoo:pydoc",
-    threads: Annotated[int, typer.Option(help="Of the processor; 0: as many as PyTorch takes.")] = 0,
 ) -> None:
-    if threads:
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-    print(f"\n{model}, {nsamples} samples of {seqlen}, {threads or torch.get_num_threads()} threads\n")
+    print(f"\n{model}, {nsamples} samples of {seqlen}, {torch.get_num_threads()} threads\n")
     print(f"| schedule | implementation | seconds | times plain | {calib} |\n|---|---|---|---|---|", flush=True)
     for name in schedules.split():
         recipe = Recipe.preset(

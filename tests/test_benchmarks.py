@@ -75,7 +75,7 @@ def test_whole_run(tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     whole_run = script("whole_run", monkeypatch)
     monkeypatch.setattr(whole_run, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
-    whole_run.main(tiny, "default", "lrquant", 4, 4, 2, 16, 2, "zoo:pydoc", 0)
+    whole_run.main(tiny, "default", "lrquant", 4, 4, 2, 16, 2, "zoo:pydoc")
     found = rows(capsys.readouterr().out)
     assert [row[:2] for row in found] == [["default", name] for name in ("plain", "first", "again")]
     assert float(found[0][4]) == pytest.approx(float(found[1][4]), rel=0.02)  # rounds otherwise the same

@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from lrquant import LrquantError, UsageError
+from lrquant.calibration.capture import BlockInputs
 from lrquant.reconstruction import store
+from lrquant.reconstruction.calls import BlockCalls
 from lrquant.reconstruction.store import ActivationStore, InMemory, OnDisk, Where
 
 CPU = torch.device("cpu")
@@ -29,6 +32,25 @@ def test_files_give_back_what_was_put_in(dtype: torch.dtype, tokens: list[int], 
         stream[sample] = expected[sample]
     assert len(stream) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(stream, expected, strict=True))
+
+
+class Careless(nn.Module):
+    """A block that writes into what it is given."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.add_(1)
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_block_that_writes_into_its_input_leaves_the_stream(batch: int, where: Where, tmp_path: Path) -> None:
+    activations = ActivationStore(where, CPU, tmp_path, 2, 2)
+    stream = activations.stream(torch.zeros(1, 4, 8))
+    for _ in range(2):
+        stream.append(torch.zeros(1, 4, 8))
+    calls = BlockCalls(Careless(), 0, BlockInputs(stream, [[{}]]), CPU, batch)
+    assert all(bool((output == 1).all()) for output in calls.outputs(stream, activations))
+    assert all(bool((hidden == 0).all()) for hidden in stream)
 
 
 def test_a_file_leaves_nothing_in_its_folder(tmp_path: Path) -> None:

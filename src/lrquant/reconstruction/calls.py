@@ -24,11 +24,6 @@ from lrquant.reconstruction.store import ActivationStore, Stream
 from lrquant.transforms.statistics import ChannelStatistics, extremes_of
 
 
-def joined(samples: Sequence[Tensor]) -> Tensor:
-    """One tensor of all samples; of a lone one itself, for reading only."""
-    return samples[0] if len(samples) == 1 else torch.cat(list(samples))
-
-
 def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
     """One tensor per sample; a lone sample may come without a batch dimension."""
     return [output] if samples == 1 else output.split(1)
@@ -71,7 +66,8 @@ class BlockCalls:
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the block receives for samples `chosen`: hidden states and arguments."""
         arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
-        return joined([stream[sample] for sample in chosen]).to(self.device), arguments
+        # Copied even if there is one: a model's own code may write into what it is given.
+        return torch.cat([stream[sample] for sample in chosen]).to(self.device), arguments
 
     def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
         return self._call(stream, [sample], parameters)
@@ -265,4 +261,5 @@ class BlockCalls:
         return forward
 
     def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
-        return [joined([branch[sample] for sample in chosen]).to(self.device) for branch in targets]
+        tensors = [[branch[sample] for sample in chosen] for branch in targets]
+        return [(each[0] if len(each) == 1 else torch.cat(each)).to(self.device) for each in tensors]
