@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lrquant
 from lrquant.calibration import evaluation_ids, read_text
-from lrquant.models import load_tokenizer
+from lrquant.loading.pretrained import load_tokenizer
 
 FORMATS: dict[str, dict[str, Any]] = {
     "W4A4": {"wbits": 4, "abits": 4},

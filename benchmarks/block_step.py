@@ -27,23 +27,24 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.calibration import capture
-from lrquant.formats import Factors, Grid, activations, kernels
-from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.calibration.activation_cache import ActivationStore
+from lrquant.formats import Factors, Grid, kernels
+from lrquant.formats import activation_quant as activations
+from lrquant.formats.activation_quant import quantized_activations, route_attention
 from lrquant.losses import terms
-from lrquant.reconstruction import parameters
-from lrquant.reconstruction.calls import BlockCalls
-from lrquant.reconstruction.graphs import Graphs
-from lrquant.reconstruction.learning import learn
-from lrquant.reconstruction.parameters import (
+from lrquant.reconstruction import block_parameters as parameters
+from lrquant.reconstruction.block_forward import BlockForward
+from lrquant.reconstruction.block_optimizer import learn
+from lrquant.reconstruction.block_parameters import (
     BlockParameters,
     initial_clipping,
     initial_offsets,
     initial_rotation,
     initial_smoothing,
 )
-from lrquant.reconstruction.preparation import enabled_equivalences, linear_input_args
-from lrquant.reconstruction.speed import has_triton
-from lrquant.reconstruction.store import ActivationStore
+from lrquant.reconstruction.block_preparation import enabled_equivalences, linear_input_args
+from lrquant.reconstruction.compiled_block import Graphs
+from lrquant.runtime.execution import has_triton
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests import reference
@@ -161,7 +162,7 @@ def main(
     recipe = Recipe.preset(method, wbits=wbits, abits=abits, group_size=group_size, batch_size=batch)
     inputs.hidden = [each.to(device) for each in inputs.hidden]
     stream = [each.clone() for each in inputs.hidden]
-    run = BlockCalls(block, 0, inputs, device, batch)
+    run = BlockForward(block, 0, inputs, device, batch)
     store = ActivationStore("device", device, Path(), len(samples), 3)
     own = run.outputs(stream, store) if recipe.two_branch else None
     gathered, flat = run.advance_full_precision(inputs.hidden)

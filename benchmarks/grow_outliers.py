@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import typer
 
-from lrquant.models import load_model, load_tokenizer
+from lrquant.loading.pretrained import load_model, load_tokenizer
 from lrquant.zoo.scripts import outliers
 
 

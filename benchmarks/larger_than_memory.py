@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from lrquant import Recipe, quantize
-from lrquant.memory import PeakMemory
+from lrquant.runtime.memory import PeakMemory
 from lrquant.zoo import zoo_model_path
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 4}

@@ -31,7 +31,7 @@ import lrquant
 from lrquant.calibration.text import calibration_samples, evaluation_ids
 from lrquant.errors import LrquantError
 from lrquant.evaluation import perplexity
-from lrquant.models import load_model, load_tokenizer
+from lrquant.loading.pretrained import load_model, load_tokenizer
 from lrquant.recipe import PRESETS
 from methods import recipe_of
 from peers_table import FULL, OURS, PEERS, ROWS, append_line, fitted, impossible, overview, read_lines, table

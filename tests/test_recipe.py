@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from lrquant.errors import UsageError
 from lrquant.recipe import PRESETS, Recipe
-from lrquant.reconstruction.learning import learning_rates
+from lrquant.reconstruction.block_optimizer import learning_rates
 
 KEYS = tuple(Recipe.model_fields)
 

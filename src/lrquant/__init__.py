@@ -18,25 +18,25 @@ from wrapt import register_post_import_hook
 from lrquant._registration import register_configuration, register_quantizer
 
 if TYPE_CHECKING:
-    from lrquant.adaptation import Adapted, adapt
-    from lrquant.api import Quantized, evaluate, quantize
-    from lrquant.api_vision import evaluate_answers, evaluate_images
-    from lrquant.checkpoints import load
+    from lrquant.entrypoints.adapt import Adapted, adapt
+    from lrquant.entrypoints.quantize import Quantized, evaluate, quantize
+    from lrquant.entrypoints.vision import evaluate_answers, evaluate_images
     from lrquant.errors import LrquantError, UsageError
+    from lrquant.loading.checkpoint import load
     from lrquant.recipe import Recipe
     from lrquant.report.page import write_comparison, write_report
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "adapt": "lrquant.adaptation",
-    "Adapted": "lrquant.adaptation",
-    "quantize": "lrquant.api",
-    "evaluate": "lrquant.api",
-    "evaluate_answers": "lrquant.api_vision",
-    "evaluate_images": "lrquant.api_vision",
-    "Quantized": "lrquant.api",
-    "load": "lrquant.checkpoints",
+    "adapt": "lrquant.entrypoints.adapt",
+    "Adapted": "lrquant.entrypoints.adapt",
+    "quantize": "lrquant.entrypoints.quantize",
+    "evaluate": "lrquant.entrypoints.quantize",
+    "evaluate_answers": "lrquant.entrypoints.vision",
+    "evaluate_images": "lrquant.entrypoints.vision",
+    "Quantized": "lrquant.entrypoints.quantize",
+    "load": "lrquant.loading.checkpoint",
     "Recipe": "lrquant.recipe",
     "LrquantError": "lrquant.errors",
     "UsageError": "lrquant.errors",

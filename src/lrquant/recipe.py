@@ -14,10 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lrquant.errors import UsageError
-from lrquant.formats.grids import Numbers
-from lrquant.formats.named import FORMATS
+from lrquant.formats.presets import FORMATS
+from lrquant.formats.qparams import Numbers
 from lrquant.formats.schemes import BITS, HIGH_PRECISION_BITS, Scheme
 
+RECIPE_FILE = "recipe.yaml"  # beside every result
 _MAX_YAML_BYTES = 1 << 20
 
 
@@ -197,7 +198,7 @@ class Recipe(BaseModel):
         """The recipe of a published method, with `changes` to any field (None: leave the preset's).
 
         `paper_exact` takes the paper's own setting where the evidence here favours another. `format` is the name of a
-        number format (`lrquant.formats.named`), in place of its fields.
+        number format (`lrquant.formats.presets`), in place of its fields.
         """
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")

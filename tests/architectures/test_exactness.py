@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrquant.architectures import Family, family_of
 from lrquant.architectures.family import _families
 from lrquant.architectures.layouts import unpaired
-from lrquant.reconstruction.preparation import choose_shifts
+from lrquant.reconstruction.block_preparation import choose_shifts
 from lrquant.transforms import Equivalence, QueryKey, ValueToOutput, materialize, reparameterize
 from lrquant.transforms.bias_slots import add_bias_slots
 from lrquant.transforms.statistics import ChannelStatistics

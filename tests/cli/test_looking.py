@@ -236,7 +236,7 @@ def test_an_upload_that_cannot_begin_is_said_before_any_work(
 def test_the_card_is_what_the_hub_reads(tiny: Path, w4a4: Path) -> None:
     from huggingface_hub import ModelCard
 
-    from lrquant.checkpoints.card import _on_the_hub
+    from lrquant.export.model_card import _on_the_hub
 
     data = ModelCard.load(w4a4 / "README.md").data
     assert data.library_name == "transformers"

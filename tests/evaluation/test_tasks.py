@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrquant.api_vision import evaluate_answers
+from lrquant.entrypoints.vision import evaluate_answers
 from lrquant.errors import UsageError
 from lrquant.evaluation import check_tasks, run_tasks
-from lrquant.models import load_model, load_processor, load_tokenizer
+from lrquant.loading.pretrained import load_model, load_processor, load_tokenizer
 from lrquant.zoo.corpus import documents
 from lrquant.zoo.tasks.cloze import ANSWER_WORDS, CHOICES, CONTEXT_WORDS, items
 from tests.tiny import write_tiny

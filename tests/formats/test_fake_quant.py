@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lrquant import formats
 from lrquant.formats import Factors, Grid, fake_quantize, kernels
 from lrquant.formats.fake_quant import QuantizedWeight
-from lrquant.formats.grids import WEIGHT_SCALE_FLOOR
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR
 from lrquant.formats.schemes import activation_args, per_token_for_flat_inputs, weight_args
 from tests import reference
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrquant.formats import kernels
-from lrquant.formats.grids import WEIGHT_SCALE_FLOOR, Grid
-from lrquant.formats.rows import Factors, Rounding, gradients_of_rows, quantize_rows
+from lrquant.formats.fake_quant_math import Factors, Rounding, gradients_of_rows, quantize_rows
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding it: there, float16 stands in.

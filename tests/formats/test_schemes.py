@@ -6,8 +6,8 @@ from compressed_tensors.config import CompressionFormat
 
 from lrquant.errors import UsageError
 from lrquant.formats import Grid, Scheme
+from lrquant.formats.layout import pads_zero_points, product_dtype, storage_format
 from lrquant.formats.schemes import activation_args, per_token_for_flat_inputs, weight_args
-from lrquant.formats.storage import pads_zero_points, product_dtype, storage_format
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 9, 17])

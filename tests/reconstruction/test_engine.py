@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import lrquant
 from lrquant import LrquantError, Recipe, UsageError
-from lrquant.reconstruction import learning
-from lrquant.reconstruction.learning import has_flattened
+from lrquant.reconstruction import block_optimizer as learning
+from lrquant.reconstruction.block_optimizer import has_flattened
 from tests.tiny import SETTINGS, write_tiny
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lrquant
 from lrquant import LrquantError, Recipe
-from lrquant.reconstruction import learning
+from lrquant.reconstruction import block_optimizer as learning
 from tests.tiny import write_tiny
 
 IDS = [torch.arange(first, first + 32)[None] for first in (100, 300, 500, 700)]

@@ -8,8 +8,8 @@ import torch
 import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
-from lrquant.reconstruction.learning import MOST_ROUNDING_RATE, rounding_rate
-from lrquant.reconstruction.parameters import (
+from lrquant.reconstruction.block_optimizer import MOST_ROUNDING_RATE, rounding_rate
+from lrquant.reconstruction.block_parameters import (
     BlockParameters,
     freeze,
     initial_clipping,

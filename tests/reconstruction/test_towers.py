@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lrquant.api import _keep_activations_quantized
 from lrquant.architectures import family_of
 from lrquant.calibration.capture import capture
-from lrquant.checkpoints import load
-from lrquant.checkpoints.packing import block_tensors, outside_tensors
-from lrquant.checkpoints.saving import sizes_in_memory, write_checkpoint
+from lrquant.entrypoints.quantize import _keep_activations_quantized
 from lrquant.errors import UsageError
-from lrquant.modality import auto_model, modality_of
+from lrquant.export.compressed_tensors import block_tensors, outside_tensors
+from lrquant.export.saving import sizes_in_memory, write_checkpoint
+from lrquant.loading.auto_class import auto_model, modality_of
+from lrquant.loading.checkpoint import load
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import Reconstruction, reconstruct
-from lrquant.watching import Watcher
+from lrquant.reconstruction.callbacks import Callback
 from tests.vision_models import MODELS, MULTIMODAL, build, inputs_of, output_of
 
 
@@ -29,7 +29,7 @@ def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
         recipe = recipe.changed(epochs=1)
     samples = inputs_of(name, 3, dtype=torch.float32)
     device = torch.device("cpu")
-    result = reconstruct(model, family_of(model), recipe, samples, device, torch.float32, Watcher())
+    result = reconstruct(model, family_of(model), recipe, samples, device, torch.float32, Callback())
     _keep_activations_quantized(model, recipe, result)
     return model, result, recipe
 

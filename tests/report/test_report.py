@@ -113,7 +113,7 @@ def test_errors_are_those_of_the_model_that_was_made(tiny: Path) -> None:
         return output[0] if isinstance(output, tuple) else output
 
     truth = [last_hidden(original, ids) for ids in samples]
-    quantized = lrquant.quantize(lrquant.load(str(tiny)), recipe, calibration=samples, watcher=observer)
+    quantized = lrquant.quantize(lrquant.load(str(tiny)), recipe, calibration=samples, callback=observer)
     answers = [last_hidden(quantized.model, ids) for ids in samples]
     expected = mean_error((answer, true) for answer, true in zip(answers, truth, strict=True))
     errors = observer.blocks[-1].errors
@@ -128,7 +128,7 @@ def test_plain_rounding_is_what_rtn_leaves(tiny: Path) -> None:
     found = {}
     for method in ("rtn", "lrquant"):
         observer = Observer()
-        lrquant.quantize(str(tiny), lrquant.Recipe.preset(method, **SETTINGS | {"epochs": 0}), watcher=observer)
+        lrquant.quantize(str(tiny), lrquant.Recipe.preset(method, **SETTINGS | {"epochs": 0}), callback=observer)
         found[method] = observer.blocks[0].errors
     assert found["rtn"] is not None
     assert found["lrquant"] is not None
@@ -141,7 +141,7 @@ def test_a_wide_layer_is_less_sensitive_with_more_bits(tiny: Path) -> None:
     for bits in (2, 8):
         observer = Observer()
         recipe = lrquant.Recipe.preset("rtn", **SETTINGS, wbits=bits, abits=16)
-        lrquant.quantize(str(tiny), recipe, watcher=observer)
+        lrquant.quantize(str(tiny), recipe, callback=observer)
         by_bits[bits] = {entry.layer: entry.plain for entry in observer.blocks[0].sensitivity}
     assert len(by_bits[2]) == 7  # the linears of a Llama block
     assert all(by_bits[2][layer] > 10 * by_bits[8][layer] > 0 for layer in by_bits[2])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lrquant.architectures import family_of
-from lrquant.models import load_model
+from lrquant.loading.pretrained import load_model
 from lrquant.transforms import NormToLinears
 from lrquant.zoo import shapes
 from lrquant.zoo.scripts.outliers import grow_outliers

@@ -1,6 +1,6 @@
 """What a model family declares, the table of families, and inspection of unknown ones.
 
-A family is one short file beside this one that defines `FAMILY`; dropping a file in is all it takes.
+A family is one short file in `families/` that defines `FAMILY`; dropping a file in is all it takes.
 
 The engine works on *stages*: lists of blocks that hand their hidden states on unchanged. A language model or
 a ViT is one stage; Swin is one per resolution, with a merging of patches between them; a multimodal model is
@@ -21,8 +21,6 @@ from lrquant.errors import UsageError
 from lrquant.transforms import Equivalence
 
 log = logging.getLogger(__name__)
-
-_HELPERS = {"family", "layouts", "gated_decoder", "vision_encoder"}
 
 
 @dataclass(frozen=True)
@@ -151,12 +149,11 @@ def check_towers(family: Family | MultimodalFamily, towers: Sequence[str] | None
 
 @cache
 def _families() -> dict[str, Family | MultimodalFamily]:
-    package = importlib.import_module("lrquant.architectures")
+    package = importlib.import_module("lrquant.architectures.families")
     table: dict[str, Family | MultimodalFamily] = {}
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in _HELPERS:
-            family: Family | MultimodalFamily = importlib.import_module(f"{package.__name__}.{module.name}").FAMILY
-            table |= dict.fromkeys(family.model_types, family)
+        family: Family | MultimodalFamily = importlib.import_module(f"{package.__name__}.{module.name}").FAMILY
+        table |= dict.fromkeys(family.model_types, family)
     return table
 
 

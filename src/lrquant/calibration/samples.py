@@ -7,7 +7,7 @@ from lrquant.calibration.dialogues import ZOO_QUESTIONS, dialogue_samples, is_di
 from lrquant.calibration.images import ZOO_PICTURES, image_samples
 from lrquant.calibration.text import HUB_TEXTS, calibration_samples
 from lrquant.errors import UsageError
-from lrquant.modality import Modality
+from lrquant.loading.auto_class import Modality
 from lrquant.recipe import Recipe
 
 

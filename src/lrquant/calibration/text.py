@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LrquantError, UsageError
-from lrquant.hub import cache_if_unreachable
+from lrquant.loading.offline import cache_if_unreachable
 from lrquant.zoo import corpus
 
 ZOO = "zoo:"

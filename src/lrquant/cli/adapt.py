@@ -49,10 +49,10 @@ def adapt(
     if push_to_hub:
         check_can_push(push_to_hub)
 
-    from lrquant.adaptation import adapt
-    from lrquant.api import evaluate
+    from lrquant.entrypoints.adapt import adapt
+    from lrquant.entrypoints.quantize import evaluate
+    from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
-    from lrquant.watching import Watchers
 
     observer = Observer() if report else None
     settings = {"quantized": quantized, "reference": reference, "data": data, "blocks": blocks, "epochs": epochs}
@@ -68,7 +68,7 @@ def adapt(
             nsamples,
             seqlen,
             device,
-            Watchers(progress, *trackers, *([observer] if observer else [])),
+            Callbacks(progress, *trackers, *([observer] if observer else [])),
             trust_remote_code,
         )
 
@@ -88,8 +88,8 @@ def adapt(
     if eval_ppl:
         before, after = measure(quantized, eval_ppl, limit_windows), measure(str(save_dir), eval_ppl, limit_windows)
     if observer is not None:
-        from lrquant.api_report import report_adapted
-        from lrquant.models import pick_device
+        from lrquant.entrypoints.reporting import report_adapted
+        from lrquant.loading.pretrained import pick_device
 
         shown = before, after
         if not before:  # the report shows windows of the text itself in any case
@@ -128,13 +128,13 @@ def perplexity_after_adaptation(
     quantized: Path, reference: str, texts: Sequence[str], seqlen: int | None, limit_windows: int | None, device: str
 ) -> dict[str, "Perplexity"]:
     """Perplexity on each of `texts` of a copy of `quantized` that was adapted to it and is then thrown away."""
-    from lrquant.adaptation import adapt
-    from lrquant.api import evaluate
+    from lrquant.entrypoints.adapt import adapt
+    from lrquant.entrypoints.quantize import evaluate
 
     measured: dict[str, Perplexity] = {}
     for text in texts:
         with tempfile.TemporaryDirectory() as folder, console.watching(f"adapting to {text}") as progress:
             path = Path(folder) / "adapted"
-            adapt(quantized, reference, text, path, seqlen=seqlen, device=device, watcher=progress)
+            adapt(quantized, reference, text, path, seqlen=seqlen, device=device, callback=progress)
             measured |= evaluate(str(path), [text], seqlen, limit_windows, device=device)
     return measured

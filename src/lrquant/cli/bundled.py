@@ -29,7 +29,7 @@ class Show:
 
 
 def _perplexities(model: Any, tokenizer: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.api import evaluate
+    from lrquant.entrypoints.quantize import evaluate
     from lrquant.report.run import Metric
 
     measured = evaluate(model, ("zoo:pydoc", "zoo:pycode"), SEQLEN, limit, tokenizer=tokenizer, told=told)
@@ -40,7 +40,7 @@ def _perplexities(model: Any, tokenizer: Any, limit: int, told: Told) -> "list[M
 
 
 def _accuracies(model: Any, processor: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.api_vision import evaluate_images
+    from lrquant.entrypoints.vision import evaluate_images
     from lrquant.report.run import Metric
 
     result = evaluate_images(model, ["zoo:shapes"], limit, processor, told=told)["zoo:shapes"]
@@ -52,7 +52,7 @@ def _accuracies(model: Any, processor: Any, limit: int, told: Told) -> "list[Met
 
 
 def _answers(model: Any, processor: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.api_vision import evaluate_answers
+    from lrquant.entrypoints.vision import evaluate_answers
     from lrquant.report.run import Metric
 
     result = evaluate_answers(model, ["zoo:shapes-vqa"], limit, processor, told=told)["zoo:shapes-vqa"]

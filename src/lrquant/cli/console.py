@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrquant.errors import UsageError
-from lrquant.watching import Watcher
+from lrquant.reconstruction.callbacks import Callback
 
 if TYPE_CHECKING:
     from lrquant.reconstruction import BlockRecord
@@ -145,8 +145,8 @@ def write_json(path: Path | None, values: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-class BlockProgress(Watcher):
-    """A watcher of the engine: a bar with time left and the loss, or a plain line per block without a terminal."""
+class BlockProgress(Callback):
+    """A callback of the engine: a bar with time left and the loss, or a plain line per block without a terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title

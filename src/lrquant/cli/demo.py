@@ -32,12 +32,12 @@ def demo(
     console.check_json_path(json)
     if model not in SHOWS:
         raise UsageError(f"no demo of {model!r}: there are {', '.join(SHOWS)}")
-    from lrquant.api import quantize
-    from lrquant.checkpoints import check_save_dir
-    from lrquant.models import pick_device
+    from lrquant.entrypoints.quantize import quantize
+    from lrquant.export import check_save_dir
+    from lrquant.loading.pretrained import pick_device
     from lrquant.recipe import Recipe
+    from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
-    from lrquant.watching import Watchers
 
     if save_dir is not None:
         check_save_dir(save_dir)
@@ -62,8 +62,8 @@ def demo(
             if recipe.learns:
                 recipe = recipe.changed(**show.learning)
             with console.watching(method) as progress:
-                target, watcher = (kept, Watchers(progress, observer)) if method == KEPT else (None, progress)
-                quantized = quantize(model, recipe, save_dir=target, watcher=watcher)
+                target, callback = (kept, Callbacks(progress, observer)) if method == KEPT else (None, progress)
+                quantized = quantize(model, recipe, save_dir=target, callback=callback)
             sizes = quantized.sizes
             results["full precision"]["megabytes"] = sizes.bf16_bytes / 1e6
             measured = measure(str(kept)) if method == KEPT else measure(quantized.model, quantized.tokenizer)

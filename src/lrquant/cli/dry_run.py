@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def show_estimate(
     model: str, recipe: "Recipe", device: str, activations: Any, trust_remote_code: bool, json: Path | None
 ) -> None:
-    from lrquant.estimate import estimate
+    from lrquant.entrypoints.estimate import estimate
 
     _, ranks = console.ranks()
     if not console.speaks():

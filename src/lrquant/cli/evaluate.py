@@ -54,12 +54,12 @@ def evaluate(
         console.write_json(json, figures)
         return
 
-    from lrquant.api import evaluate as measure
-    from lrquant.checkpoints import load
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.distributed import leave
-    from lrquant.modality import modality_of
-    from lrquant.models import compute_dtype, load_processor, pick_device
+    from lrquant.entrypoints.quantize import evaluate as measure
+    from lrquant.loading.auto_class import modality_of
+    from lrquant.loading.checkpoint import load
+    from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device
+    from lrquant.runtime.distributed import leave
 
     wanted = split_tasks(tasks)
     began = time.perf_counter()

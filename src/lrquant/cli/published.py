@@ -58,8 +58,8 @@ def statistics(
     """Gather activation statistics of MODEL's linears."""
     from lrquant.architectures import family_of
     from lrquant.calibration import calibration_samples
-    from lrquant.checkpoints.statistics import save_statistics_file
-    from lrquant.models import compute_dtype, load_model, load_tokenizer, pick_device
+    from lrquant.export.statistics_file import save_statistics_file
+    from lrquant.loading.pretrained import compute_dtype, load_model, load_tokenizer, pick_device
     from lrquant.reconstruction import gather_statistics
 
     on = pick_device("auto")
@@ -152,12 +152,12 @@ def quantize(
         console.note(f"activations are quantized to {abits} bits, as asked; weight-only is --abits 16")
     os.environ.setdefault("HF_DATASETS_CACHE", str(cache_dir))  # read when `datasets` is imported, below
 
-    from lrquant.api import evaluate
-    from lrquant.api import quantize as quantize_model
-    from lrquant.checkpoints import load_learned, save_learned
     from lrquant.cli.adapt import perplexity_after_adaptation
     from lrquant.cli.results import figures, show
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
+    from lrquant.entrypoints.quantize import evaluate
+    from lrquant.entrypoints.quantize import quantize as quantize_model
+    from lrquant.export import load_learned, save_learned
 
     if more and not eval_ppl_data:
         raise UsageError(f"{more[0]!r} is no option: texts to measure perplexity on follow --eval_ppl_data")
@@ -172,7 +172,7 @@ def quantize(
         target = save_dir or (Path(temporary) / "quantized" if tta else None)
         with _logged_progress(f"{recipe.method} {recipe.format_name}") as progress:
             quantized = quantize_model(
-                model, recipe, None, target, watcher=progress, statistics=given, start_from=start_from
+                model, recipe, None, target, callback=progress, statistics=given, start_from=start_from
             )
         save_learned(output_dir / PARAMETERS_FILE, quantized.result.learned, quantized.recipe)
         quantized.recipe.to_yaml(output_dir / "recipe.yaml")
@@ -213,7 +213,7 @@ def _reachable(names: Any) -> list[str]:
 
 def _statistics(model: str, scales: Path | None, shifts: Path | None) -> Any:
     """Statistics from the given files, or from those that generate_act_scale_shift.py leaves; else None."""
-    from lrquant.checkpoints import load_statistics
+    from lrquant.export import load_statistics
 
     chosen = [
         scales or SCALES_DIR / f"{_short(model)}.safetensors",

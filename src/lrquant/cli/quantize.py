@@ -313,13 +313,13 @@ def quantize(
     if push_to_hub:
         check_can_push(push_to_hub)
 
-    from lrquant.api import evaluate, quantize
-    from lrquant.checkpoints import load_statistics, save_statistics_file
     from lrquant.cli.adapt import perplexity_after_adaptation
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.distributed import leave
+    from lrquant.entrypoints.quantize import evaluate, quantize
+    from lrquant.export import load_statistics, save_statistics_file
+    from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
-    from lrquant.watching import Watchers
+    from lrquant.runtime.distributed import leave
 
     wanted = split_tasks(tasks)
     given = load_statistics(statistics) if statistics else None
@@ -333,7 +333,7 @@ def quantize(
             chosen,
             save_dir=save_dir,
             device=device,
-            watcher=Watchers(progress, *trackers, *([observer] if observer else [])),
+            callback=Callbacks(progress, *trackers, *([observer] if observer else [])),
             statistics=given,
             trust_remote_code=trust_remote_code,
             restart=restart,
@@ -362,8 +362,8 @@ def quantize(
         for tracker in trackers:
             tracker.results({f"perplexity {name}": result.value for name, result in measured.items()})
     if observer is not None:
-        from lrquant.api_report import report_quantized
-        from lrquant.models import pick_device
+        from lrquant.entrypoints.reporting import report_quantized
+        from lrquant.loading.pretrained import pick_device
 
         with console.status("Drawing the report"):
             metrics = metrics_of(original, measured, by_task)

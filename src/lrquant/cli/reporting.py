@@ -11,7 +11,7 @@ from lrquant.cli import console
 if TYPE_CHECKING:
     import torch
 
-    from lrquant.api import Quantized
+    from lrquant.entrypoints.quantize import Quantized
     from lrquant.evaluation import Perplexity, TaskResults
     from lrquant.report.observer import Observer
     from lrquant.report.run import Metric
@@ -28,7 +28,7 @@ def metrics_of(
     before: dict[str, "Perplexity"], after: dict[str, "Perplexity"], tasks: "TaskResults | None" = None
 ) -> list["Metric"]:
     """Everything that was measured, for the report's summary."""
-    from lrquant.api_report import perplexity_metrics
+    from lrquant.entrypoints.reporting import perplexity_metrics
     from lrquant.report.run import Metric
 
     found = perplexity_metrics(before, after)
@@ -57,7 +57,7 @@ def leave_demo_report(
     save_dir: Path | None,
 ) -> Path:
     """A demo's report beside its checkpoint, or, where that is not kept, in the current folder."""
-    from lrquant.api_report import report_quantized
+    from lrquant.entrypoints.reporting import report_quantized
     from lrquant.report.run import Compared
 
     compared = [

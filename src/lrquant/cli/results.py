@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lrquant.cli import console
 
 if TYPE_CHECKING:
-    from lrquant.api import Quantized
+    from lrquant.entrypoints.quantize import Quantized
     from lrquant.evaluation import Perplexity
 
 

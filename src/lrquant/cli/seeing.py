@@ -10,7 +10,7 @@ def measure_vision(
     model: str, images: list[str], vqa: list[str], limit: int | None, **how: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy on each of `images` and answers to each of `vqa`, as tables and as figures."""
-    from lrquant.api_vision import evaluate_answers, evaluate_images
+    from lrquant.entrypoints.vision import evaluate_answers, evaluate_images
 
     figures: dict[str, dict[str, dict[str, float]]] = {}
     if images:

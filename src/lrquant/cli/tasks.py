@@ -24,7 +24,7 @@ def measure_tasks(
 ) -> "TaskResults":
     """Results of `tasks` with the model on `device`; it goes back where it was."""
     from lrquant.evaluation import TaskResults, run_tasks
-    from lrquant.models import pick_device
+    from lrquant.loading.pretrained import pick_device
 
     if not tasks:
         return TaskResults()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrquant.cli import console
 from lrquant.errors import UsageError
-from lrquant.watching import Watcher
+from lrquant.reconstruction.callbacks import Callback
 
 if TYPE_CHECKING:
     from lrquant.reconstruction import BlockRecord
@@ -22,7 +22,7 @@ class Tracker(StrEnum):
     wandb = "wandb"
 
 
-class Tracking(Watcher, ABC):
+class Tracking(Callback, ABC):
     """Hands scalars to a tracker: every epoch's loss, then a block's figures, then the results."""
 
     def __init__(self) -> None:

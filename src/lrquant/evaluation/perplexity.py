@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import UsageError
+from lrquant.runtime.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)

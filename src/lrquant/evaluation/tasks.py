@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.errors import UsageError
-from lrquant.hub import cache_if_unreachable
-from lrquant.modality import modality_of
+from lrquant.loading.auto_class import modality_of
+from lrquant.loading.offline import cache_if_unreachable
 from lrquant.zoo import ZOO_PREFIX
 
 OWN_TASKS = f"{ZOO_PREFIX}cloze or {ZOO_PREFIX}shapes-vqa"

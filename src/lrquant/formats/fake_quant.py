@@ -1,6 +1,6 @@
 """Differentiable fake quantization as one autograd function, shared by weights and activations.
 
-The formulas are in `lrquant.formats.rows`. The forward saves its inputs and the extremes of every group, and
+The formulas are in `lrquant.formats.fake_quant_math`. The forward saves its inputs and the extremes of every group, and
 nothing else; the backward recomputes the rest. Weights are passed with the diagonal scalings of an equivalent
 transformation, W' = diag(row)·W·diag(column), whose gradients are row and column sums: no transformed weight
 outlives the call.
@@ -12,9 +12,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lrquant.formats import floats, kernels
-from lrquant.formats.grids import WEIGHT_SCALE_FLOOR, Grid
-from lrquant.formats.rows import (
+from lrquant.formats import fp4 as floats
+from lrquant.formats import kernels
+from lrquant.formats.fake_quant_math import (
     Factors,
     Rounding,
     extremes,
@@ -25,6 +25,7 @@ from lrquant.formats.rows import (
     stored_scale,
     to_grid,
 )
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""How the arithmetic of `lrquant.formats.rows` runs: plain PyTorch, compiled by PyTorch, or hand-written for CUDA.
+"""How the arithmetic of `fake_quant_math` runs: plain PyTorch, compiled by PyTorch, or hand-written for CUDA.
 
     eager      chunks of rows that fit a processor's cache, one operation after another; starts at once
     compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling;
@@ -20,7 +20,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from lrquant.formats.rows import Factors, Gradients, Rounding, gradients_of_rows, quantize_rows
+from lrquant.formats.fake_quant_math import Factors, Gradients, Rounding, gradients_of_rows, quantize_rows
 
 _CHOSEN: ContextVar[str] = ContextVar("kernels", default="eager")
 # Before, torch.compile passed over roundings on the way: a scale kept digits that the checkpoint does not hold.
@@ -48,7 +48,7 @@ def chosen() -> str:
 
 def quantize(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     """`rows.quantize_rows` by the chosen kernels."""
-    if torch.compiler.is_compiling():  # into a larger graph (lrquant.reconstruction.graphs)
+    if torch.compiler.is_compiling():  # into a larger graph (lrquant.reconstruction.compiled_block)
         return quantize_rows(x, factors, how)
     kernels = _chosen_for(x, how)
     if kernels == "triton":

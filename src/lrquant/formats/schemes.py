@@ -17,7 +17,7 @@ from compressed_tensors.quantization import (
 )
 
 from lrquant.errors import UsageError
-from lrquant.formats.grids import Numbers
+from lrquant.formats.qparams import Numbers
 
 BITS = range(2, 9)
 HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-point format

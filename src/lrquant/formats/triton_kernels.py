@@ -1,4 +1,4 @@
-"""The arithmetic of `lrquant.formats.rows` for CUDA, one Triton kernel for each direction.
+"""The arithmetic of `lrquant.formats.fake_quant_math` for CUDA, one Triton kernel for each direction.
 
 A program holds some rows of one group in registers: it reads a weight once and writes its result once. Backward,
 every sum along a row is complete within a program; the sums along columns are kept per strip of rows and added up
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrquant.formats.rows import Factors, Gradients, Rounding
+from lrquant.formats.fake_quant_math import Factors, Gradients, Rounding
 
 _VALUES = 4096  # of a group, or of several rows' groups, that a program holds at once
 _LEAST_STRIPS = 512  # programs that a card wants to be busy, at least

@@ -29,33 +29,33 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
 from lrquant.architectures import Family, MultimodalFamily, Stage
+from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs, capture
-from lrquant.distributed import ALONE, Ranks
 from lrquant.errors import UsageError
-from lrquant.formats.activations import quantized_activations, route_attention
+from lrquant.formats.activation_quant import quantized_activations, route_attention
+from lrquant.loading.block_source import BlockSource, held
+from lrquant.passes.end_to_end import Whole, tune
+from lrquant.passes.mixed_precision import BitAllocation
+from lrquant.passes.non_block_modules import chosen_modules, round_outside
+from lrquant.passes.rotation import rotate, settled
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.allocation import Allocation
-from lrquant.reconstruction.beginning import frozen_again
-from lrquant.reconstruction.calls import BlockCalls
-from lrquant.reconstruction.graphs import Graphs
-from lrquant.reconstruction.journal import Journal
-from lrquant.reconstruction.learning import Learnables
-from lrquant.reconstruction.orthogonal import rotate, settled
-from lrquant.reconstruction.outside import chosen_modules, round_outside
-from lrquant.reconstruction.preparation import (
+from lrquant.reconstruction.block_forward import BlockForward
+from lrquant.reconstruction.block_optimizer import Learnables
+from lrquant.reconstruction.block_preparation import (
     check_finite,
     check_group_size,
     enabled_equivalences,
     linear_input_args,
 )
-from lrquant.reconstruction.residence import Residence, held
+from lrquant.reconstruction.block_reconstruction import BlockReconstruction, Run
+from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.initial_state import frozen_again
+from lrquant.reconstruction.journal import Journal
 from lrquant.reconstruction.result import Present, Reconstruction
-from lrquant.reconstruction.speed import settle
-from lrquant.reconstruction.store import ActivationStore, Stream
-from lrquant.reconstruction.tuning import Whole, tune
-from lrquant.reconstruction.turn import Run, Turn
+from lrquant.runtime.distributed import ALONE, Ranks
+from lrquant.runtime.execution import settle
 from lrquant.transforms.statistics import ChannelStatistics
-from lrquant.watching import Watcher
 
 
 def reconstruct(
@@ -65,12 +65,12 @@ def reconstruct(
     samples: Sequence[dict[str, Any]],
     device: torch.device,
     storage_dtype: torch.dtype,
-    watcher: Watcher,
+    callback: Callback,
     given_statistics: Sequence[dict[str, ChannelStatistics]] | None = None,
     start_from: Sequence[Learnables] | None = None,
     present: Present | None = None,
     journal: Journal | None = None,
-    residence: Residence | None = None,
+    block_source: BlockSource | None = None,
     store: ActivationStore | None = None,
     ranks: Ranks = ALONE,
 ) -> Reconstruction:
@@ -78,12 +78,12 @@ def reconstruct(
 
     `start_from` holds learnables of an earlier run, one mapping per block, to start from. With `present`, only
     some blocks are learned again: the others run as they are there, and leave no entry in the result's lists.
-    `journal` knows of blocks that an earlier run finished, `residence` where blocks come from, `store` where the
+    `journal` knows of blocks that an earlier run finished, `block_source` where blocks come from, `store` where the
     streams live; left out, nothing is remembered and everything is in host memory. Every one of `ranks` is given all
     samples and works on its own; all come to the same blocks.
     """
     everything, samples = samples, ranks.share(samples)
-    journal, residence = journal or Journal(), residence or Residence(model)
+    journal, block_source = journal or Journal(), block_source or BlockSource(model)
     if store is None:
         folder = Path(tempfile.gettempdir())
         store = ActivationStore("host", device, folder, len(samples), 2 + recipe.two_branch)
@@ -99,20 +99,20 @@ def reconstruct(
     attention_args = attention if attention and route_attention(model) else None
     recipe = settled(model, stages, recipe)
     result = Reconstruction(recipe, paths, attention_quantized=attention_args is not None)
-    result.rotated = rotate(model, stages, recipe, residence, storage_dtype)
+    result.rotated = rotate(model, stages, recipe, block_source, storage_dtype)
     if recipe.target_bits is not None and recipe.layer_bits is None:
-        told = watcher.measured
-        allocation = Allocation(model, family, recipe, everything, device, storage_dtype, residence, told, ranks)
+        told = callback.measured
+        allocation = BitAllocation(model, family, recipe, everything, device, storage_dtype, block_source, told, ranks)
         recipe = recipe.changed(layer_bits=journal.bits(allocation.layer_bits))
     journal.open(len(paths))
-    residence.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
+    block_source.take(paths[places.index((stages[-1], 0))])  # one block shows what blocks return
     inputs_of = [capture(model, stage.blocks(model), samples, store.stream) for stage in stages]
     blocks = [model.get_submodule(path) for path in paths]
     recipe = settle(recipe, device, blocks, len(everything), inputs_of[0].hidden[0].shape[-2])
     recipe = result.recipe = Recipe.parse(json.loads(ranks.text(json.dumps(recipe.model_dump(mode="json")))))
     if start_from is not None and len(start_from) != len(paths):
         raise UsageError(f"saved parameters of {len(start_from)} blocks for a model of {len(paths)}")
-    graphs, total = Graphs(recipe, device), len(everything)
+    graphs, total = CompiledBlocks(recipe, device), len(everything)
     run = Run(
         recipe,
         device,
@@ -120,18 +120,18 @@ def reconstruct(
         attention_args,
         store,
         graphs,
-        watcher,
+        callback,
         ranks,
         total,
         given_statistics,
         start_from,
         present,
     )
-    watcher.started(len(paths), recipe.epochs if recipe.learns else 0)
+    callback.started(len(paths), recipe.epochs if recipe.learns else 0)
     for place, ((stage, index), path) in enumerate(zip(places, paths, strict=True)):
-        if not residence.keeps and all(journal.finished(later) for later in range(place, len(paths))):
+        if not block_source.keeps and all(journal.finished(later) for later in range(place, len(paths))):
             result.add(path, journal.summary(place), with_offsets=False)  # nothing is left that needs its outputs
-            watcher.block_done(result.records[-1])
+            callback.block_done(result.records[-1])
             continue
         if index == 0:  # a stage begins
             equivalences = enabled_equivalences(stage.equivalences, recipe)
@@ -144,10 +144,10 @@ def reconstruct(
                     model, result, recipe, attention_args, stage, samples, place, store
                 )
             batch = recipe.batch_size if _shared(inputs, ranks) else 1
-        with held(residence, path, device) as block:
+        with held(block_source, path, device) as block:
             check_finite(block, path)
-            calls = BlockCalls(block, index, inputs, device, batch, ranks)
-            turn = Turn(place, path, block, equivalences, calls, target_stream, quantized_stream, run)
+            calls = BlockForward(block, index, inputs, device, batch, ranks)
+            turn = BlockReconstruction(place, path, block, equivalences, calls, target_stream, quantized_stream, run)
             if present is not None and place not in present.relearned:
                 flat = turn.pass_through(present.blocks[place], present.scales(place))
                 result.flat_inputs |= {f"{path}.{name}" for name in flat}
@@ -165,13 +165,13 @@ def reconstruct(
             if recipe.tuning_epochs or not (journal.keeps_frozen or finished.record.outcome == "kept present"):
                 result.frozen.append(frozen.cpu())
             result.add(path, finished, with_offsets=not journal.keeps_frozen)
-        watcher.block_done(finished.record)
+        callback.block_done(finished.record)
     if recipe.tuning_epochs:
         del quantized_stream
         whole = Whole(model, result.block_paths, result.frozen, storage_dtype, device)
         with ExitStack() as quantized:
             _quantize_activations(quantized, model, result, recipe, attention_args, len(paths))
-            result.frozen, result.tuning = tune(whole, samples, target_stream, recipe, watcher.tuned, ranks)
+            result.frozen, result.tuning = tune(whole, samples, target_stream, recipe, callback.tuned, ranks)
     result.outside = round_outside(model, recipe, everything[0], storage_dtype)
     return result
 
@@ -189,8 +189,8 @@ def gather_statistics(
         inputs = capture(model, blocks, samples)
         for index, block in enumerate(blocks):
             check_finite(block, f"{stage.path}.{index}")
-            with held(Residence(model), f"{stage.path}.{index}", device):
-                statistics, _ = BlockCalls(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
+            with held(BlockSource(model), f"{stage.path}.{index}", device):
+                statistics, _ = BlockForward(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
             result.append({name: value.to(torch.device("cpu")) for name, value in statistics.items()})
     return result
 

@@ -2,7 +2,7 @@
 
 The engine knows nothing of files. It asks a journal whether a block is finished; a finished one is run through
 with the parameters that the journal gives, which costs two forward passes and leaves both streams as learning it
-would have. The journal here remembers nothing; the one on disk is `lrquant.checkpoints.journal`.
+would have. The journal here remembers nothing; the one on disk is `lrquant.resume.journal`.
 """
 
 import json
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from lrquant.distributed import Ranks
-from lrquant.reconstruction.parameters import FrozenBlock
+from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.runtime.distributed import Ranks
 from lrquant.transforms.statistics import ChannelStatistics
 
 
@@ -71,7 +71,7 @@ class Journal:
         """Called once, before the first block."""
 
     def bits(self, found: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """Bits by linear (reconstruction/allocation.py): what `found` finds, or found before."""
+        """Bits by linear (passes/mixed_precision.py): what `found` finds, or found before."""
         return found()
 
     def finished(self, place: int) -> bool:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lrquant.passes.end_to_end import Tuning
+from lrquant.passes.non_block_modules import NonBlockModules
+from lrquant.passes.rotation import Rotated
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_optimizer import Learnables
+from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.journal import FinishedBlock
-from lrquant.reconstruction.learning import Learnables
-from lrquant.reconstruction.orthogonal import Rotated
-from lrquant.reconstruction.outside import Outside
-from lrquant.reconstruction.parameters import FrozenBlock
 from lrquant.reconstruction.records import BlockRecord
-from lrquant.reconstruction.tuning import Tuning
 from lrquant.transforms.statistics import ChannelStatistics
 
 
@@ -30,7 +30,7 @@ class Reconstruction:
     added_biases: tuple[str, ...] = ()  # modules (full names) that got a bias for a shift
     rotated: Rotated = field(default_factory=Rotated)
     attention_quantized: bool = False
-    outside: Outside = field(default_factory=Outside)  # what was rounded besides the blocks
+    outside: NonBlockModules = field(default_factory=NonBlockModules)  # what was rounded besides the blocks
     tuning: Tuning | None = None  # what came of learning the whole at last
 
     @property

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrquant.formats.activations import quantized_activations
-from lrquant.reconstruction.learning import Learnables
-from lrquant.reconstruction.parameters import quantized_parameters
+from lrquant.formats.activation_quant import quantized_activations
+from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
+from lrquant.reconstruction.block_optimizer import Learnables
+from lrquant.reconstruction.block_parameters import quantized_parameters
+from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.records import BlockRecord
-from lrquant.reconstruction.view import BlockView, Decided
 from lrquant.report.run import Block, Error, Errors, LinearInput, Sensitivity
 from lrquant.transforms import materialize, reparameterize
-from lrquant.watching import Watcher
 
 MOST_TOKENS, MOST_SAMPLES = 1024, 4  # that are looked at
 MOST_CHANNELS = 512
@@ -46,7 +46,7 @@ class _Begun:
     block: Block | None = None
 
 
-class Observer(Watcher):
+class Observer(Callback):
     """Fills `blocks` and `measurements` while `reconstruct` runs."""
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Observer(Watcher):
         self.looked_at = ""
         self._begun: _Begun | None = None
 
-    def block_begins(self, view: BlockView) -> None:
+    def block_begins(self, view: BlockEvent) -> None:
         chosen = choose_samples(view.full_precision)
         tokens = sum(view.full_precision[sample].shape[:-1].numel() for sample in chosen)
         self.looked_at = f"{len(chosen)} calibration samples, {tokens} tokens"
         self._begun = _Begun(view.index, _part(view.full_precision, chosen), _part(view.quantized, chosen))
 
-    def block_decided(self, view: BlockView, decided: Decided) -> None:
+    def block_decided(self, view: BlockEvent, decided: BlockDecision) -> None:
         if self._begun is None or self._begun.index != view.index:
             return
         x, x_hat = self._begun.x, self._begun.x_hat
@@ -69,7 +69,7 @@ class Observer(Watcher):
         self._look(_Looking(view, decided, x, x_hat, _part(view.full_precision, list(x))), block)
         self._begun.block = block
 
-    def block_ends(self, view: BlockView) -> None:
+    def block_ends(self, view: BlockEvent) -> None:
         if self._begun is None or self._begun.index != view.index:
             return
         block = self._begun.block
@@ -162,7 +162,7 @@ class Observer(Watcher):
 class _Looking:
     """One block, its few samples, and the parameter sets that are tried on them."""
 
-    def __init__(self, view: BlockView, decided: Decided, x: Stream, x_hat: Stream, truth: Stream) -> None:
+    def __init__(self, view: BlockEvent, decided: BlockDecision, x: Stream, x_hat: Stream, truth: Stream) -> None:
         self.view, self.decided, self.x, self.x_hat, self.truth = view, decided, x, x_hat, truth
         self.dtype = next(view.block.parameters()).dtype
 

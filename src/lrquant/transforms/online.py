@@ -15,7 +15,7 @@ from compressed_tensors.utils import match_named_modules
 from torch import Tensor, nn
 
 from lrquant.errors import UsageError
-from lrquant.transforms.orthogonal import hadamard
+from lrquant.transforms.hadamard import hadamard
 
 LEAST_BLOCK = 8
 

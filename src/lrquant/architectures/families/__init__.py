@@ -1,0 +1,1 @@
+"""One short file per model family, each of which defines `FAMILY`."""

@@ -1,0 +1,1 @@
+"""What the public verbs do: quantize, evaluate, adapt, estimate."""

@@ -1,0 +1,259 @@
+"""Test-time adaptation: fit a quantized model to an unlabelled test set that it was not calibrated on.
+
+The test samples pass through both streams, block by block: the original's own activations, and those of the
+quantized blocks. Where a block is chosen (the last one, unless asked otherwise) its learnables are learned
+again from the *original's* weights and a neutral start, S = 1 and δ = 0, so that the two streams meet (LRQuant,
+test-time adaptation). Nothing of a test sample but its tokens is used.
+
+The result is a new checkpoint beside the old one: the chosen blocks' tensors are replaced, every other byte is
+copied. Going back to the original is loading the original. A block that would answer worse than the
+checkpoint's keeps the checkpoint's.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lrquant.architectures import family_of
+from lrquant.calibration.text import evaluation_ids
+from lrquant.errors import LrquantError, UsageError
+from lrquant.export import check_save_dir
+from lrquant.export.compressed_tensors import INPUT_SCALE, needs_whole_weights, pack_block
+from lrquant.export.saving import whole_directory
+from lrquant.loading.checkpoint import load, saved_recipe
+from lrquant.loading.pretrained import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
+from lrquant.recipe import Recipe
+from lrquant.reconstruction import BlockRecord, Present, reconstruct
+from lrquant.reconstruction.callbacks import Callback
+from lrquant.report.run import FOLDER, PAGE
+from lrquant.runtime.files import write_sums
+
+ADAPTATION_FILE = "adaptation.yaml"
+MOST_SAMPLES = 128
+
+_CARD = """
+## Adaptation
+
+Block{plural} {blocks} of this checkpoint {were} adapted to `{data}` ({nsamples} unlabelled samples of {seqlen} tokens,
+{epochs} epochs), with `{reference}` as the reference; `{file}` has the details. Everything else is as it was.
+"""
+
+
+@dataclass
+class Adapted:
+    """An adapted checkpoint, and how it came about."""
+
+    saved_to: Path
+    recipe: Recipe  # how the chosen blocks were learned
+    blocks: tuple[int, ...]  # those that were chosen
+    records: list[BlockRecord]
+    seconds: float
+
+
+def adapt(
+    quantized: str | Path,
+    reference: str | Path,
+    data: str | Sequence[Tensor],
+    save_dir: str | Path,
+    blocks: str = "last",
+    epochs: int = 5,
+    init: str = "neutral",
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    device: str = "auto",
+    callback: Callback | None = None,
+    trust_remote_code: bool = False,
+) -> Adapted:
+    """Adapt the checkpoint `quantized` to `data` and write the result to `save_dir`.
+
+    >>> lrquant.adapt("llama-w4a4", "zoo:llama", "zoo:pydoc", "llama-w4a4-pydoc")
+
+    Args:
+        quantized: a folder that lrquant wrote; it is only read.
+        reference: the full-precision model that it was made from.
+        data: a text by name or path, whose evaluation part is used, or token ids, (1, tokens) each.
+        blocks: `last`, `all`, or indices such as `0,4,5` (from the end: -1).
+        init: where smoothing starts: `neutral`, or `log` or `smoothquant` from the test set's statistics.
+        nsamples: at most so many windows, spread evenly over the text; None: 128.
+        seqlen: tokens per window; None: as the checkpoint was calibrated.
+
+    Raises:
+        UsageError, LrquantError: one line each; nothing is left behind.
+    """
+    began = time.perf_counter()
+    target = check_save_dir(save_dir)
+    source = Path(quantized)
+    recipe = saved_recipe(str(source)) if source.is_dir() else None
+    if recipe is None:
+        raise UsageError(f"{quantized}: not a checkpoint that lrquant wrote (a folder with recipe.yaml)")
+    if not (recipe.let or recipe.lwc or recipe.rotation):
+        raise UsageError(f"{quantized}: method {recipe.method} has nothing to learn, so nothing to adapt")
+    on = pick_device(device)
+    dtype = compute_dtype(recipe.dtype, on)
+    original = load_model(str(reference), dtype, trust_remote_code)
+    if getattr(original.config, "quantization_config", None):
+        raise UsageError(f"{reference}: is quantized itself; the reference is the full-precision original")
+    family = family_of(original)
+    stages = family.stages(original, recipe.towers)
+    paths = [f"{stage.path}.{index}" for stage in stages for index in range(len(stage.blocks(original)))]
+    loaded = load(str(source), dtype, trust_remote_code)
+    present = block_parameters(loaded, original, paths)
+    input_scales = [input_scales_of(loaded.get_submodule(path)) for path in paths]
+    chosen = parse_blocks(blocks, len(present))
+    if isinstance(data, str):
+        seqlen = window(original.config, seqlen or recipe.seqlen)
+        samples = adaptation_samples(
+            load_tokenizer(str(source), trust_remote_code), data, seqlen, nsamples or MOST_SAMPLES
+        )
+    else:
+        samples = list(data)
+    recipe = recipe.changed(
+        calibration=data if isinstance(data, str) else "token ids given in memory",
+        nsamples=len(samples),
+        seqlen=samples[0].shape[1],
+        epochs=epochs,
+        init=init,
+        loss="mse+nlc",
+        two_branch=False,
+        dynamic_loss=False,
+        tuning_epochs=0,
+    )
+    storage_dtype = stored_dtype(str(source), trust_remote_code)
+    calls = [{"input_ids": row, "use_cache": False} for row in samples]
+    result = reconstruct(
+        original,
+        family,
+        recipe,
+        calls,
+        on,
+        storage_dtype,
+        callback or Callback(),
+        present=Present(present, frozenset(chosen), input_scales),
+    )
+    better = [record.index for record in result.records if record.outcome != "kept present"]
+    tensors = {
+        f"{paths[index]}.{name}": tensor
+        for index, frozen in zip(better, result.frozen, strict=True)
+        for name, tensor in pack_block(
+            frozen,
+            recipe.stored_scheme.within(paths[index]),
+            storage_dtype,
+            needs_whole_weights(original, paths[index]),
+        ).items()
+    }
+    facts = {"quantized": str(quantized), "reference": str(reference), "blocks": list(chosen), "replaced": better}
+    with whole_directory(target) as folder:
+        copy_with_replacements(source, folder, tensors)
+        write_sums(folder)
+        (folder / ADAPTATION_FILE).write_text(yaml.safe_dump(facts | {"recipe": recipe.model_dump()}, sort_keys=False))
+        _extend_card(folder / "README.md", recipe, chosen, str(reference))
+    return Adapted(target, recipe, chosen, result.records, time.perf_counter() - began)
+
+
+def parse_blocks(wanted: str, count: int) -> tuple[int, ...]:
+    """Indices of `last`, `all` or a list such as `0,4,-1`, among `count` blocks."""
+    if wanted in ("last", "all"):
+        return tuple(range(count)) if wanted == "all" else (count - 1,)
+    try:
+        indices = [int(part) for part in wanted.split(",")]
+    except ValueError:
+        raise UsageError(f"blocks {wanted!r}: give last, all, or indices such as 0,4,5") from None
+    if any(not -count <= index < count for index in indices):
+        raise UsageError(f"blocks {wanted!r}: the model has blocks 0 to {count - 1}")
+    return tuple(sorted({index % count for index in indices}))
+
+
+def adaptation_samples(tokenizer: Any, data: str, seqlen: int, most: int) -> list[Tensor]:
+    """Windows of the evaluation text, (1, seqlen) each, as perplexity cuts them; at most `most`, spread evenly."""
+    ids = evaluation_ids(tokenizer, data)
+    rows = ids[: len(ids) // seqlen * seqlen].view(-1, 1, seqlen)
+    if len(rows) == 0:
+        raise UsageError(f"{data}: {len(ids)} tokens are less than one window of {seqlen}")
+    return list(rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()])
+
+
+def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]) -> list[Mapping[str, Tensor]]:
+    """Each block's dequantized parameters under the names that `original`'s block gives them, and added biases.
+
+    Raises:
+        UsageError: `original` is not what `model` was made from.
+    """
+    try:
+        pairs = [(model.get_submodule(path), original.get_submodule(path)) for path in paths]
+        result: list[Mapping[str, Tensor]] = []
+        for ours, theirs in pairs:
+            state, shapes = ours.state_dict(), {name: value.shape for name, value in theirs.named_parameters()}
+            extra = [name for name in state if name.endswith(".bias")]
+            result.append({name: state[name] for name in dict.fromkeys([*shapes, *extra])})
+            if any(result[-1][name].shape != shape for name, shape in shapes.items()):
+                raise ValueError
+    except (AttributeError, ValueError, KeyError):
+        raise UsageError(
+            "the reference is not the model that this checkpoint was made from: their blocks differ"
+        ) from None
+    return result
+
+
+def input_scales_of(block: nn.Module) -> dict[str, Tensor]:
+    """NVFP4's scale of the input of every linear of a loaded block that has one."""
+    return {
+        name.removesuffix(INPUT_SCALE): value
+        for name, value in block.state_dict().items()
+        if name.endswith(INPUT_SCALE)
+    }
+
+
+def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the files of a checkpoint; tensors named in `tensors` are replaced, all else stays byte for byte.
+
+    The report is left behind: it tells of another run.
+    """
+    left = dict(tensors)
+    for path in sorted(source.rglob("*")):
+        if path.relative_to(source).parts[0] in (PAGE, FOLDER):
+            continue
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+            continue
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                replaced = [name for name in file.keys() if name in left]  # noqa: SIM118
+                metadata = file.metadata()
+            if replaced:
+                content = load_file(path)
+                for name in replaced:
+                    new = left.pop(name)
+                    if new.shape != content[name].shape or new.dtype != content[name].dtype:
+                        raise LrquantError(f"{source}: {name} is not laid out as this lrquant lays it out")
+                    content[name] = new.contiguous()
+                save_file(content, copy, metadata)
+                continue
+        shutil.copyfile(path, copy)
+    if left:
+        raise LrquantError(f"{source}: the checkpoint has no {next(iter(left))}; it is not laid out as lrquant does")
+
+
+def _extend_card(card: Path, recipe: Recipe, chosen: Sequence[int], reference: str) -> None:
+    plural, were = ("s", "were") if len(chosen) > 1 else ("", "was")
+    text = _CARD.format(
+        plural=plural,
+        were=were,
+        blocks=", ".join(map(str, chosen)),
+        data=recipe.calibration,
+        nsamples=recipe.nsamples,
+        seqlen=recipe.seqlen,
+        epochs=recipe.epochs,
+        reference=reference,
+        file=ADAPTATION_FILE,
+    )
+    card.write_text((card.read_text() if card.is_file() else "") + text)

@@ -1,0 +1,113 @@
+"""The model card written beside a checkpoint, with the metadata block that the hub reads."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lrquant.recipe import Recipe
+from lrquant.reconstruction import Reconstruction
+
+if TYPE_CHECKING:
+    from lrquant.export.saving import Sizes
+
+_CARD = """---
+{metadata}---
+
+# {base} in {format}
+
+Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method `{method}`, from `{base}`.
+
+| | |
+|---|---|
+| format | {format}, {container} |
+| bits per quantized weight, scales included | {bits:.2f}{spread} |
+| size | {megabytes:.1f} MB, {ratio:.2f} times smaller than bf16 |
+| calibration | {nsamples} samples of {calibration}, seed {seed} |
+
+## Loading
+
+```python
+{loading}
+```
+
+{attention}{dense}The whole recipe is in `recipe.yaml`.
+"""
+
+_TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+}
+
+
+def _on_the_hub(name: str) -> bool:
+    """Whether `name` reads like USER/NAME on the hub and is no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def _spread(layer_bits: dict[str, int] | None) -> str:
+    """How many linears have how many bits."""
+    counts = Counter((layer_bits or {}).values())
+    return "".join(f", {counts[bits]} linears of {bits}" for bits in sorted(counts))
+
+
+def model_card(
+    base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction, auto: str
+) -> str:
+    """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
+    own = result.needs_lrquant
+    loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
+    if own:
+        loading = "import lrquant  # teaches transformers what this checkpoint adds to its model\n" + loading
+    if auto == "AutoModelForImageTextToText" and "vision" in (recipe.towers or ()) and not config.get("dequantize"):
+        loading += "\nmodel(**inputs)  # once, before model.generate(**inputs): the first call unpacks the vision tower"
+    attention = ""
+    if result.attention_quantized:
+        attention = (
+            f"Queries, keys and values were quantized to {recipe.abits} bits per token and head while this model was "
+            "calibrated. The checkpoint format has no such scheme, so plain transformers leaves them in floating "
+            '(slightly better, not slower); `lrquant.load("PATH")` quantizes them too.\n\n'
+        )
+    dense = ""
+    if recipe.dense:
+        dense = (
+            f"Its weights were multiplied by learned rotations of rank {recipe.rotation_rank}, which no integer format "
+            "can hold: they are stored dense, in floating point, as the values they were rounded to. This checkpoint "
+            "shows what that would be worth; it saves no space.\n\n"
+        )
+    metadata: dict[str, Any] = {"library_name": "transformers"}
+    if _on_the_hub(base):  # the hub refuses a card whose base_model is none of its own
+        metadata = {"base_model": base, "base_model_relation": "quantized"} | metadata
+    if auto in _TASKS:
+        metadata["pipeline_tag"] = _TASKS[auto]
+    metadata |= {
+        "quantized_by": "lrquant",
+        "quantization": recipe.format_name,
+        "tags": [
+            "lrquant",
+            "compressed-tensors",
+            "quantized",
+            recipe.format_name.split()[0].lower(),
+            f"{recipe.wbits}-bit" if recipe.target_bits is None else "mixed-precision",
+        ],
+    }
+    return _CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False),
+        base=base,
+        format=recipe.format_name,
+        container="lrquant's own format over compressed-tensors" if own else f"compressed-tensors {config['format']}",
+        method=recipe.method,
+        bits=sizes.bits_per_weight,
+        spread=_spread(recipe.layer_bits),
+        megabytes=sizes.checkpoint_bytes / 1e6,
+        ratio=sizes.ratio,
+        nsamples=recipe.nsamples,
+        calibration=recipe.calibration,
+        seed=recipe.seed,
+        loading=loading,
+        attention=attention,
+        dense=dense,
+    )

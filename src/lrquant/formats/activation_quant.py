@@ -1,0 +1,144 @@
+"""Where activations are quantized, without touching model code.
+
+Linear inputs are rounded in a forward pre-hook. Queries, keys and values are rounded in an attention
+function registered with transformers, which then calls the attention that the model would have used:
+`lrquant_sdpa` ends in SDPA, `lrquant_eager` in the model's own eager attention (Gemma 2's soft-capping
+needs it). Modules without the attribute `_SCHEME` get their attention unchanged, so a model can be left on
+these functions for good.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from lrquant.formats.fake_quant import fake_quantize
+from lrquant.formats.qparams import Grid
+
+_SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
+_WHOLE = "_lrquant_whole"  # a linear's: NVFP4's scale of its whole input, once it is calibrated
+PREFIX = "lrquant_"
+
+
+def _quantized(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    args = getattr(module, _SCHEME, None)
+    return tensors if args is None else tuple(_rounded(tensor, args, _product_dtype(tensor)) for tensor in tensors)
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # Attention's backward on a CPU is twice as fast in float32 as in bfloat16 (torch 2.13).
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = _quantized(module, query.float(), key.float(), value.float())
+            return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    query, key, value = _quantized(module, query, key, value)
+    return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def _eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, *_quantized(module, query, key, value), *args, **kwargs)
+
+
+for _name, _function in (("sdpa", _sdpa), ("eager", _eager)):
+    AttentionInterface.register(PREFIX + _name, _function)
+    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def route_attention(model: Any) -> bool:
+    """Send `model`'s attention through this file. False where the family does not use the registry."""
+    current = model.config._attn_implementation
+    if current.startswith(PREFIX):
+        return True
+    if not type(model)._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(PREFIX + ("eager" if current == "eager" else "sdpa"))
+    return True
+
+
+def set_whole(linear: nn.Module, whole: Tensor | None) -> None:
+    """From now on `linear`'s input has NVFP4's scale `whole`, (1,) float32; None: each input its own."""
+    vars(linear)[_WHOLE] = None if whole is None else whole.cpu()
+
+
+def install(
+    linears: Mapping[nn.Linear, QuantizationArgs | None],
+    attention: Iterable[nn.Module],
+    attention_args: QuantizationArgs | None,
+) -> list[Any]:
+    """Quantize the inputs of `linears`, and attention inputs in the modules of `attention`; returns hook handles."""
+    handles = []
+    latest = _Latest()
+    for linear, args in linears.items():
+        if args is not None:
+            handles.append(linear.register_forward_pre_hook(_input_hook(args, latest)))
+    if attention_args is not None:
+        for module in attention:
+            setattr(module, _SCHEME, attention_args)
+    return handles
+
+
+class _Latest:
+    """The input quantized last, for the linears that share it: queries, keys and values, or gate and up."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.source: Any = lambda: None
+        self.result: Tensor | None = None
+
+    def quantized(self, x: Tensor, args: QuantizationArgs, whole: Tensor | None) -> Tensor:
+        # A graph finds what its parts share; in inference a tensor has no version by which a change would show.
+        if torch.compiler.is_compiling() or x.is_inference():
+            return _rounded(x, args, _product_dtype(x), whole)
+        known = None if whole is None else float(whole)
+        key = (x._version, Grid.of(args), _product_dtype(x), torch.is_grad_enabled(), known)
+        if self.source() is not x or self.key != key or self.result is None:
+            self.result = _rounded(x, args, _product_dtype(x), whole)
+            self.source, self.key = ref(x), key
+        return self.result
+
+
+def _rounded(x: Tensor, args: QuantizationArgs, product: torch.dtype | None, whole: Tensor | None = None) -> Tensor:
+    """`x` on its grid, in the precision of the product it goes into.
+
+    Under autocast what follows a product arrives in that product's precision, which is too coarse to find a grid in.
+    """
+    whole = None if whole is None else whole.to(x.device)
+    return fake_quantize(x if product is None else x.float(), args, product, whole)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast would turn `x` into for a matrix product; None: it stays."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _input_hook(args: QuantizationArgs, latest: _Latest) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (latest.quantized(inputs[0], args, getattr(module, _WHOLE, None)), *inputs[1:])
+
+    return hook
+
+
+@contextmanager
+def quantized_activations(
+    block: nn.Module, linears: Mapping[nn.Linear, QuantizationArgs | None], attention_args: QuantizationArgs | None
+) -> Iterator[None]:
+    """Within, `block` runs with quantized activations; afterwards it is as it was."""
+    modules = list(block.modules())
+    handles = install(linears, modules, attention_args)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules:
+            vars(module).pop(_SCHEME, None)

@@ -1,0 +1,77 @@
+"""Rounding that compensates (GPTQ): each weight's rounding error is made up for by the weights not yet rounded.
+
+For a linear with inputs X (tokens, in) and H = XᵀX, the rounding of column j in the order of falling H[j, j] moves
+the columns after it by −(e_j / U[j, j])·U[j, j:], where e_j is column j's error and UᵀU = H⁻¹, U upper triangular
+(Frantar et al., GPTQ, §3, algorithm 1). Scales and zero points stay what they are, so that groups need no order.
+
+The outcome is expressed as offsets v = Δw/s, what compensation has moved a weight by in units of its scale, so that
+round(clamp(w/s + z + v)) are GPTQ's integers: they go through the same rounding as learned offsets, and learning
+can start from them.
+"""
+
+import torch
+from torch import Tensor
+
+from lrquant.formats.fake_quant_math import Factors, Rounding, extremes, range_of, scaled, to_grid
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal
+BLOCK = 128  # columns whose compensation is applied to the rest at once
+MOST_DAMPING = 1e3
+
+
+@torch.no_grad()
+def compensating_offsets(
+    weight: Tensor,  # (out, in)
+    hessian: Tensor,  # (in, in), XᵀX of the inputs to the transformed weight
+    grid: Grid,
+    factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
+    scale_dtype: torch.dtype | None = None,
+    whole: Tensor | None = None,  # (1,), NVFP4's scale of the whole tensor
+) -> Tensor:
+    """Offsets (out, in) with which the weight rounds to GPTQ's integers, in float32.
+
+    `factors` without offsets. A column whose inputs are all zero gets the offset zero and passes nothing on.
+    """
+    y = scaled(weight, factors, grid.group_size)
+    found = range_of(*extremes(y), factors, Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, whole=whole))
+    rows, width = weight.shape
+    scale = found.scale.expand_as(y).reshape(rows, width)
+    zero = torch.zeros_like(scale) if found.zero is None else found.zero.expand_as(y).reshape(rows, width)
+    original = y.reshape(rows, width)
+
+    dead = hessian.diagonal() == 0
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order], dead[order]).to(weight.dtype)
+    moved, scale, zero = original[:, order], scale[:, order], zero[:, order]
+    for begin in range(0, width, BLOCK):
+        end = min(begin + BLOCK, width)
+        errors = moved.new_empty(rows, end - begin)
+        for j in range(begin, end):
+            value, s, z = moved[:, j], scale[:, j], zero[:, j]
+            rounded = (to_grid((value / s + z).clamp(grid.low, grid.high), grid) - z) * s
+            errors[:, j - begin] = (value - rounded) / upper[j, j]
+            moved[:, j + 1 : end].addr_(errors[:, j - begin], upper[j, j + 1 : end], alpha=-1)
+        moved[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
+    offsets = torch.empty_like(original)
+    offsets[:, order] = (moved - original[:, order]) / scale
+    offsets[:, dead] = 0
+    return offsets
+
+
+def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
+    """Upper triangular U with UᵀU = (H + λI)⁻¹, in float64; λ grows tenfold until H can be factored."""
+    h = hessian.double()
+    h.diagonal()[dead] = 1
+    mean = float(h.diagonal().mean())
+    damping = DAMPING
+    while damping <= MOST_DAMPING:
+        damped = h.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+    raise ValueError("no damping makes the inputs' second moments positive definite")

@@ -1,0 +1,65 @@
+"""Reading a checkpoint back with everything its recipe asks for."""
+
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+from torch import nn
+
+from lrquant.architectures import family_of
+from lrquant.formats.activation_quant import install, route_attention
+from lrquant.loading.pretrained import load_model, resolve_model
+from lrquant.recipe import RECIPE_FILE, Recipe
+from lrquant.runtime.distributed import apart
+from lrquant.runtime.files import check_sums
+
+
+def saved_recipe(path: str) -> Recipe | None:
+    """The recipe beside a local checkpoint, if it has one."""
+    file = Path(resolve_model(path)) / RECIPE_FILE
+    return Recipe.from_yaml(file) if file.is_file() else None
+
+
+def apply_attention_quantization(model: Any, recipe: Recipe) -> bool:
+    """Quantize queries, keys and values as `recipe` says; whether anything was done."""
+    args = recipe.scheme.attention
+    if args is None or not route_attention(model):
+        return False
+    for stage in family_of(model).stages(model, recipe.towers):
+        install({}, model.get_submodule(stage.path).modules(), args)
+    return True
+
+
+def _in_one_dtype(model: Any) -> None:
+    """Weights of four-bit floats come out as bfloat16, whatever the model computes in; a linear wants one dtype."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != model.dtype:
+            weight = module.weight.detach().to(model.dtype)
+            replace_direct_state_dict(module, get_direct_state_dict(module) | {"weight": weight})
+
+
+def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:
+    """A model from disk, the zoo or the hub; a checkpoint of lrquant's comes with its attention quantized too.
+
+    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization; the
+    checkpoint format cannot describe per-token queries, keys and values, and this adds them.
+
+    Raises:
+        LrquantError: a weight file is damaged; lrquant's checkpoints come with checksums.
+    """
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    check_sums(Path(resolve_model(path)))
+    model = load_model(path, dtype, trust_remote_code)  # type: ignore[arg-type]
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None and hasattr(model, "ct_decompress_hook"):
+        with apart(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+            compressor.decompress_model(model)
+        _in_one_dtype(model)
+    recipe = saved_recipe(path)
+    if recipe is not None:
+        apply_attention_quantization(model, recipe)
+    return model

@@ -1,0 +1,174 @@
+"""A model that is never in memory as a whole: a skeleton without weights, and blocks read from their files one by one.
+
+The skeleton is built on the meta device by transformers' own code. What stands before the blocks (embeddings, a
+vision tower that stays as it is) is read at once, for every sample passes through it; a block is read when its
+turn comes and dropped when it is done; an output head that nothing calls is read when the checkpoint is written.
+
+Tensors are found by the renamings that transformers itself applies when it loads. A checkpoint whose tensors it
+merges or splits (most mixtures of experts), a model of several stages and one with parts in float32 are
+loaded whole instead.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lrquant.architectures import family_of
+from lrquant.errors import LrquantError
+from lrquant.loading.auto_class import auto_model
+from lrquant.loading.block_source import BlockSource
+from lrquant.loading.pretrained import fetched_folder, load_config
+from lrquant.loading.validation import weight_files
+from lrquant.runtime.memory import keep_large_apart
+
+LARGE = 1 << 30  # bytes of a model from which its steps need memory more than they need every last percent of speed
+Source = tuple[Path, str]  # a file, and a tensor's name in it
+
+
+class OffloadedBlocks(BlockSource):
+    """Blocks on disk. `sources` says where each of the model's tensors is."""
+
+    def __init__(self, model: nn.Module, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
+        super().__init__(model, keeps=False)
+        self._sources, self._dtype = dict(sources), dtype
+        self._changes: dict[str, list[Callable[[nn.Module], None]]] = {}
+
+    def take(self, path: str) -> nn.Module:
+        module = self.model.get_submodule(path)
+        if self.fill([f"{path}.{name}" for name in module.state_dict()]):
+            for change in self._changes.get(path, ()):
+                change(module)
+        return module
+
+    def release(self, path: str) -> None:
+        self.model.get_submodule(path).to("meta")
+
+    def alter(self, path: str, change: Callable[[nn.Module], None]) -> None:
+        if any(tensor.is_meta for tensor in self.model.get_submodule(path).parameters()):
+            self._changes.setdefault(path, []).append(change)
+        else:
+            super().alter(path, change)
+
+    def untie(self, name: str, source: str) -> None:
+        module, _, own = name.rpartition(".")
+        shape = nn.Parameter(self.model.get_parameter(source).detach().to("meta"), requires_grad=False)
+        setattr(self.model.get_submodule(module), own, shape)
+        self._sources[name] = self._sources[source]
+
+    def fill(self, names: list[str]) -> bool:
+        """Give the skeleton's tensors `names` their values, unless they have them; whether any lacked them."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        present = self.model.state_dict(keep_vars=True)
+        missing = [name for name in names if present[name].is_meta]
+        for name in missing:
+            set_module_tensor_to_device(self.model, name, "cpu", value=self._stored(name))
+        return bool(missing)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` as a model in memory has it, a copy of its own."""
+        path, _, own = name.rpartition(".")
+        if path not in self._changes:
+            return self._stored(name)
+        tensor = self.take(path).get_parameter(own).detach()
+        self.release(path)
+        return tensor
+
+    def _stored(self, name: str) -> Tensor:
+        """The tensor `name` as transformers would load it, a copy of its own."""
+        file, key = self._sources[name]
+        try:
+            with safe_open(file, framework="pt") as content:
+                tensor: Tensor = content.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise LrquantError(f"{file}: this weight file is damaged ({error}); fetch it again") from error
+        return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+def open_offloaded(
+    name: str, dtype: torch.dtype, towers: tuple[str, ...] | None, trust_remote_code: bool
+) -> tuple[Any, OffloadedBlocks] | None:
+    """The model `name` with its blocks on disk; None: it has to be loaded whole.
+
+    Raises:
+        LrquantError: a weight is missing from the files, or has another shape.
+    """
+    config = load_config(name, trust_remote_code)
+    folder = fetched_folder(name)
+    if getattr(config, "quantization_config", None) or folder is None:
+        return None
+    if sum(file.stat().st_size for file in weight_files(folder)) > LARGE:
+        keep_large_apart()
+    model = _skeleton(config, folder, dtype, trust_remote_code)
+    stages = family_of(model).stages(model, towers)
+    sources = _sources(model, weight_files(folder), name)
+    if len(stages) > 1 or sources is None or model._get_dtype_plan(dtype):
+        return None
+    block_source = OffloadedBlocks(model, sources, dtype)
+    head = _untied_head(model)
+    block_source.fill(
+        [key for key in sources if not key.startswith(f"{stages[0].path}.") and key.rpartition(".")[0] != head]
+    )
+    model.tie_weights()
+    return model, block_source
+
+
+def _skeleton(config: Any, folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
+    with init_empty_weights(include_buffers=False):
+        model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _untied_head(model: Any) -> str | None:
+    """The name of the output head where it has weights of its own."""
+    head = model.get_output_embeddings()
+    if head is None or f"{_name_of(model, head)}.weight" in (getattr(model, "all_tied_weights_keys", None) or {}):
+        return None
+    return _name_of(model, head)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _sources(model: Any, files: list[Path], name: str) -> dict[str, Source] | None:
+    """Where each tensor of `model` is; None where transformers would merge or split tensors."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    wanted = model.state_dict()
+    sources: dict[str, Source] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118
+                target, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+                if converted is not None:
+                    return None
+                if target not in wanted and key in wanted:
+                    target = key
+                if target not in wanted:
+                    continue
+                shape = tuple(content.get_slice(key).get_shape())
+                if shape != tuple(wanted[target].shape):
+                    raise LrquantError(
+                        f"{name}: cannot be loaded ({key} is {shape}, the configuration wants "
+                        f"{tuple(wanted[target].shape)})"
+                    )
+                sources[target] = (file, key)
+    missing = sorted(wanted.keys() - sources.keys() - set(getattr(model, "all_tied_weights_keys", None) or ()))
+    if missing:
+        raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # by which saving renames them back
+    return sources

@@ -1,0 +1,270 @@
+"""The whole quantized model once more: its scales and vectors, learned together for the answer that counts.
+
+Blocks are learned one after another, each for its own output. What a checkpoint holds beside integers can then be
+learned for what the model as a whole says. With q − z as the blocks left them, scales s, and norms and biases b,
+
+    θ* minimises the mean over tokens of KL(p(original) ‖ p(θ))        s' = s·θ        b' = b·θ
+
+θ starts at one, and s' and b' are rounded as the checkpoint rounds them, so that what is learned is what is stored; no
+integer changes. (Training quantization parameters alone, end to end, once the blocks are done: EfficientQAT, Chen et
+al. 2024, section 3, there from labels.)
+
+The original is not needed again. Its last block's answers are the full-precision stream as the block loop leaves it;
+the model's own code behind the blocks turns them into logits. Blocks are computed anew in the backward pass: the
+activations of one at a time are held, beside the model's integers. Scales of four-bit floats are too coarse to
+follow small steps and stay; vectors are learned there too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lrquant.calibration.capture import answering
+from lrquant.formats import kernels
+from lrquant.losses import means, no_means
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_optimizer import Learnables, learn
+from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.records import Outcome
+from lrquant.runtime.distributed import Ranks
+from lrquant.runtime.execution import matrix_products
+
+_BATCHED = {"input_ids", "pixel_values"}  # arguments of a sample whose first dimension is the batch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What came of it: divergences from the original, in nats per token."""
+
+    initial_loss: float
+    final_loss: float
+    outcome: Outcome
+    epoch_losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model whose blocks, at `paths`, hold their quantized values; what of them is frozen, on the CPU."""
+
+    model: nn.Module
+    paths: Sequence[str]
+    frozen: Sequence[FrozenBlock]
+    storage_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.model.get_submodule(path) for path in self.paths]
+
+
+def tune(
+    whole: Whole,
+    samples: Sequence[Mapping[str, Any]],
+    originals: Sequence[Tensor],
+    recipe: Recipe,
+    told: Callable[[int, int, float | None], None],
+    ranks: Ranks,
+) -> tuple[list[FrozenBlock], Tuning | None]:
+    """The blocks with tuned scales and vectors, whose values the model holds then; and how it went.
+
+    `samples` and `originals`, the full-precision model's last hidden states, are this rank's. Activations are being
+    quantized. `told(done, epochs, loss)` hears of every epoch. A model that answers without logits stays as it is.
+    """
+    recipe = recipe.changed(epochs=recipe.tuning_epochs, two_branch=False, dynamic_loss=False)
+    blocks = [_Tunable(block, frozen, whole) for block, frozen in zip(whole.blocks, whole.frozen, strict=True)]
+    with _outside_on_device(whole):
+        behind = _behind(whole, samples[0])
+        if behind is None:
+            return list(whole.frozen), None
+        count = int(ranks.sum(torch.tensor(len(samples))))
+        batch = recipe.batch_size if ranks.all(_can_be_joined(samples)) else ranks.world
+        start = {name: tensor for place, block in enumerate(blocks) for name, tensor in block.start(place).items()}
+
+        def forward(factors: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(1, "divergence", whole.device)
+            arguments = _joined([samples[each] for each in chosen], whole.device)
+            last = torch.cat([originals[each] for each in chosen]).to(whole.device)
+
+            def original(place: int, _: Any, hidden: Tensor, __: Any) -> Any:
+                """Blocks pass on what they get; the last one, what the original's answered."""
+                others = behind[place]
+                hidden = last if place == len(blocks) - 1 else hidden
+                return hidden if others is None else (hidden, *others)
+
+            def quantized(place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
+                return blocks[place](factors, place, own, hidden, named)
+
+            with matrix_products(recipe, whole.device):
+                with torch.no_grad(), answering(whole.blocks, original):
+                    wanted = whole.model(**arguments).logits
+                with answering(whole.blocks, quantized):
+                    found = whole.model(**arguments).logits
+            return means(found, [wanted], "divergence")
+
+        with kernels.using(recipe.kernels):
+            told(0, recipe.epochs, None)
+            learned = learn(
+                forward,
+                start,
+                count,
+                min(batch, count),
+                recipe,
+                recipe.seed,
+                lambda epoch, loss: told(epoch + 1, recipe.epochs, loss),
+                ranks,
+            )
+    tuned = [block.tuned(learned.learnables, place) for place, block in enumerate(blocks)]
+    return tuned, Tuning(learned.initial_loss, learned.final_loss, learned.outcome, learned.epoch_losses)
+
+
+class _Tunable:
+    """A block's frozen values, on the device: what of them is multiplied by factors, and what stays."""
+
+    def __init__(self, block: nn.Module, frozen: FrozenBlock, whole: Whole) -> None:
+        self._frozen, self._storage_dtype = frozen, whole.storage_dtype
+        self._block, self._through = block, _Through(block)
+        self._dtype = next(block.parameters()).dtype
+        self._steps: dict[str, Tensor] = {}  # q − z by linear, (out, groups, group), in one or two bytes
+        self._bases: dict[str, Tensor] = {}  # scales by linear, (out, groups, 1), and vectors by name
+        for linear, weight in frozen.weights.items():
+            if weight.unit == 1.0:
+                steps = weight.integers.short().unflatten(-1, (weight.scale.shape[1], -1))
+                steps = steps if weight.zero is None else steps - weight.zero.short()[..., None]
+                self._steps[linear] = (steps.to(torch.int8) if steps.abs().max() < 128 else steps).to(whole.device)
+                self._bases[f"{linear}.weight"] = weight.scale.float()[..., None].to(whole.device)
+        self._bases |= {
+            name: tensor.float().to(whole.device)
+            for name, tensor in frozen.dense.items()
+            if tensor.ndim == 1 and tensor.is_floating_point()
+        }
+        self._fixed = {
+            name: tensor.detach().to(whole.device)
+            for name, tensor in (*block.named_parameters(), *block.named_buffers())
+            if name not in self._bases
+        }
+
+    def start(self, place: int) -> Learnables:
+        return {_factor(place, name): torch.ones_like(base) for name, base in self._bases.items()}
+
+    def __call__(self, factors: Learnables, place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
+        """The quantized block's answer; `own` is its forward."""
+
+        def answer(hidden: Tensor) -> Any:
+            parameters = {f"block.{name}": tensor for name, tensor in self._parameters(factors, place).items()}
+            return functional_call(self._through, parameters, (own, hidden, named))
+
+        if not torch.is_grad_enabled():
+            return answer(hidden)
+        chosen = kernels.chosen()  # in the backward pass, which may be another thread's
+        contexts = lambda: (nullcontext(), kernels.using(chosen))  # noqa: E731
+        return checkpoint(answer, hidden, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    def _parameters(self, factors: Learnables, place: int) -> dict[str, Tensor]:
+        products, found = self._frozen.product_dtype, dict(self._fixed)
+        for name, base in self._bases.items():
+            value = (base * factors[_factor(place, name)]).to(self._storage_dtype)
+            linear = name.removesuffix(".weight")
+            if linear in self._steps:
+                value = (self._steps[linear].float() * value.float()).flatten(-2).to(products)
+            found[name] = value.to(self._dtype)
+        return found
+
+    @torch.no_grad()
+    def tuned(self, factors: Learnables, place: int) -> FrozenBlock:
+        """The frozen block with `factors` in its scales and vectors, which the block takes on."""
+        values = {
+            name: (base * factors[_factor(place, name)]).to(self._storage_dtype).cpu()
+            for name, base in self._bases.items()
+        }
+        weights = {
+            linear: weight._replace(scale=values[f"{linear}.weight"].squeeze(-1).to(weight.scale.dtype))
+            if linear in self._steps
+            else weight
+            for linear, weight in self._frozen.weights.items()
+        }
+        dense = {name: values.get(name, tensor) for name, tensor in self._frozen.dense.items()}
+        result = replace(self._frozen, weights=weights, dense=dense)
+        parameters = dict(self._block.named_parameters())
+        for name, tensor in result.parameters(self._dtype).items():
+            parameters[name].copy_(tensor)
+        return result
+
+
+def _factor(place: int, name: str) -> str:
+    return f"{place}.{name}.factor"
+
+
+class _Through(nn.Module):
+    """Calls a block's own forward, so that a functional call can replace the block's parameters meanwhile."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, own: Callable[..., Any], hidden: Tensor, named: Mapping[str, Any]) -> Any:
+        return own(hidden, **named)
+
+
+@torch.no_grad()
+def _behind(whole: Whole, sample: Mapping[str, Any]) -> list[tuple[Any, ...] | None] | None:
+    """What each block returns behind its hidden states (None: it returns no tuple); None: there are no logits."""
+    found: list[tuple[Any, ...] | None] = []
+
+    def look(place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
+        block = whole.blocks[place]
+        parameters = {f"block.{name}": tensor.to(whole.device) for name, tensor in block.state_dict().items()}
+        output = functional_call(_Through(block), parameters, (own, hidden, named))
+        found.append(output[1:] if isinstance(output, tuple) else None)
+        return output
+
+    with answering(whole.blocks, look):
+        answer = whole.model(**_joined([sample], whole.device))
+    return found if isinstance(getattr(answer, "logits", None), Tensor) else None
+
+
+def _can_be_joined(samples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether samples differ in nothing but batched arguments of one shape."""
+
+    def looks(sample: Mapping[str, Any]) -> Any:
+        return {name: value.shape if isinstance(value, Tensor) else value for name, value in sample.items()}
+
+    tensors = {name for name, value in samples[0].items() if isinstance(value, Tensor)}
+    return tensors <= _BATCHED and all(looks(sample) == looks(samples[0]) for sample in samples)
+
+
+def _joined(samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
+    """One call's arguments for all `samples`."""
+    first = samples[0]
+    return {
+        name: torch.cat([sample[name] for sample in samples]).to(device)
+        if name in _BATCHED
+        else value.to(device)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in first.items()
+    }
+
+
+@contextmanager
+def _outside_on_device(whole: Whole) -> Iterator[None]:
+    """Within, everything but the blocks is on the device."""
+    inside = {id(tensor) for block in whole.blocks for tensor in (*block.parameters(), *block.buffers())}
+    outside = [
+        (tensor, tensor.device)
+        for tensor in (*whole.model.parameters(), *whole.model.buffers())
+        if id(tensor) not in inside
+    ]
+    try:
+        for tensor, _ in outside:
+            tensor.data = tensor.data.to(whole.device)
+        yield
+    finally:
+        for tensor, home in outside:
+            tensor.data = tensor.data.to(home)

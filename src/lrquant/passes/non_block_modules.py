@@ -1,0 +1,99 @@
+"""What stands outside the blocks and stays in high precision, unless it is chosen: then it is rounded to nearest.
+
+| chosen | modules |
+|---|---|
+| head | the classifier's linears, or the language head where it is not tied to the embeddings |
+| projector | linears between the towers of a multimodal model |
+| patch_embedding | the convolution that turns patches into tokens; kept dense in checkpoints, which pack linears only |
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrquant.errors import UsageError
+from lrquant.formats import Grid, quantize_weight
+from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
+from lrquant.formats.fake_quant_math import Factors
+from lrquant.formats.fp4 import scale_of_tensor
+from lrquant.formats.layout import product_dtype
+from lrquant.recipe import Recipe
+
+HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head")
+PROJECTORS = ("multi_modal_projector", "connector", "merger")
+
+
+@dataclass(frozen=True)
+class NonBlockModules:
+    """Rounded linears by their full names; `flat` ones see (samples, width) inputs."""
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    flat: frozenset[str] = frozenset()
+
+
+def chosen_modules(model: Any, also: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules that `also` names, by their full names.
+
+    Raises:
+        UsageError: the model has no such part, or its head is the embedding itself.
+    """
+    chosen: dict[str, nn.Module] = {}
+    for part in also:
+        found = {name: module for name, module in model.named_modules() if _is_part(name, module, part)}
+        if not found:
+            raise UsageError(f"also {part!r}: this model has none")
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        shared = next((name for name in found if f"{name}.weight" in tied), None)
+        if shared:
+            raise UsageError(f"also {part!r}: {shared} is the embedding itself, which stays as it is")
+        chosen |= found
+    return chosen
+
+
+def _is_part(name: str, module: nn.Module, part: str) -> bool:
+    if part == "patch_embedding":
+        return isinstance(module, nn.Conv2d | nn.Conv3d)
+    if type(module) is not nn.Linear:
+        return False
+    parts = name.split(".")
+    return parts[-1] in HEADS if part == "head" else not set(PROJECTORS).isdisjoint(parts)
+
+
+@torch.no_grad()
+def round_outside(model: Any, recipe: Recipe, sample: dict[str, Any], storage_dtype: torch.dtype) -> NonBlockModules:
+    """Round the recipe's chosen parts of `model` in place; `sample` shows the shape of their inputs."""
+    modules = chosen_modules(model, recipe.also)
+    if not modules or recipe.scheme.weights is None:
+        return NonBlockModules()
+    flat = _flat_inputs(model, modules, sample) if recipe.scheme.inputs else frozenset()
+    weights = {}
+    for name, module in modules.items():
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        grid = Grid.of(recipe.scheme.weights)
+        rows = weight.detach().float().flatten(1)  # (out, in · kernel)
+        if not isinstance(module, nn.Linear):
+            grid = Grid(grid.bits, grid.symmetric)  # patches have few channels: a scale for each row
+        whole = scale_of_tensor(largest_weight(rows, Factors())) if grid.has_whole else None
+        rounded = quantize_weight(rows, grid, scale_dtype=storage_dtype, whole=whole)
+        weight.copy_(rounded.dequantized(product_dtype(recipe.scheme, storage_dtype)).view_as(weight))
+        if isinstance(module, nn.Linear):
+            weights[name] = rounded
+    return NonBlockModules(weights, flat)
+
+
+def _flat_inputs(model: Any, modules: dict[str, nn.Module], sample: dict[str, Any]) -> frozenset[str]:
+    flat = set()
+
+    def watch(name: str) -> Any:
+        return lambda _, inputs: flat.add(name) if inputs[0].ndim == 2 else None
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    try:
+        model(**sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(name for name in flat if isinstance(modules[name], nn.Linear))

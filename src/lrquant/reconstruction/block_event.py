@@ -1,0 +1,41 @@
+"""What an observer may look at while a block is reconstructed; looking changes nothing.
+
+The engine tells its callback when a block begins, while both streams still hold what the block receives, when it is
+decided how to quantize it, and when it ends. What an observer computes then is its own affair (see `lrquant.report`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from lrquant.reconstruction.block_optimizer import Learnables
+from lrquant.reconstruction.block_parameters import BlockParameters, FrozenBlock
+
+# (a stream or part of one, by sample; sample; parameters in place of the block's own) → output, (1, tokens, hidden)
+Call = Callable[[Mapping[int, Tensor], int, Mapping[str, Tensor] | None], Tensor]
+
+
+@dataclass(frozen=True)
+class BlockEvent:
+    """One block, how to call it, and its two streams, which the engine overwrites between begin and end."""
+
+    index: int
+    path: str
+    block: nn.Module
+    call: Call
+    full_precision: Sequence[Tensor]  # x per sample
+    quantized: Sequence[Tensor]  # x̂ per sample
+
+
+@dataclass(frozen=True)
+class BlockDecision:
+    """How a block was quantized. `start` and `learned` are the learnables before and after learning."""
+
+    fixed: BlockParameters
+    start: Learnables
+    learned: Learnables
+    frozen: FrozenBlock
+    input_args: Mapping[nn.Linear, QuantizationArgs | None]
+    attention_args: QuantizationArgs | None

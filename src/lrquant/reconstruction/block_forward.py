@@ -1,0 +1,265 @@
+"""Calls of one block on the samples of a stream: with its own weights, or with weights made from learnables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.calibration.activation_cache import ActivationStore, Stream
+from lrquant.calibration.capture import BlockInputs
+from lrquant.errors import LrquantError
+from lrquant.formats import kernels
+from lrquant.formats.fp4 import scale_of_tensor
+from lrquant.losses import means, no_means
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_optimizer import Forward, Learnables
+from lrquant.reconstruction.block_parameters import BlockParameters, FrozenBlock, linear_names, quantized_parameters
+from lrquant.reconstruction.compiled_block import CompiledBlock
+from lrquant.runtime.distributed import ALONE, Ranks
+from lrquant.runtime.execution import matrix_products
+from lrquant.transforms.statistics import ChannelStatistics, extremes_of
+
+
+def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
+    """One tensor per sample; a lone sample may come without a batch dimension."""
+    return [output] if samples == 1 else output.split(1)
+
+
+@dataclass
+class BlockForward:
+    """Calls of one block on the samples of a stream, which are this rank's own."""
+
+    block: nn.Module
+    index: int
+    inputs: BlockInputs
+    device: torch.device
+    batch: int  # samples of a step, over all ranks
+    ranks: Ranks = ALONE
+
+    @property
+    def at_once(self) -> int:
+        """Samples of one forward pass."""
+        return -(-self.batch // self.ranks.world)
+
+    @property
+    def samples(self) -> int:
+        """Of all ranks."""
+        return int(self.ranks.sum(torch.tensor(len(self.inputs.hidden))))
+
+    def _call(
+        self,
+        stream: Sequence[Tensor] | Mapping[int, Tensor],
+        chosen: Sequence[int],
+        parameters: Mapping[str, Tensor] | None,
+    ) -> Tensor:
+        """Output for samples `chosen` of `stream`: (batch, tokens, hidden)."""
+        hidden, arguments = self._given(stream, chosen)
+        output = functional_call(self.block, dict(parameters or {}), (hidden,), arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _given(
+        self, stream: Sequence[Tensor] | Mapping[int, Tensor], chosen: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """What the block receives for samples `chosen`: hidden states and arguments."""
+        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
+        # Copied even if there is one: a model's own code may write into what it is given.
+        return torch.cat([stream[sample] for sample in chosen]).to(self.device), arguments
+
+    def call_one(self, stream: Mapping[int, Tensor], sample: int, parameters: Mapping[str, Tensor] | None) -> Tensor:
+        return self._call(stream, [sample], parameters)
+
+    def _batches(self) -> Iterator[list[int]]:
+        everything = range(len(self.inputs.hidden))
+        for start in range(0, len(everything), self.at_once):
+            yield list(everything[start : start + self.at_once])
+
+    @torch.no_grad()
+    def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
+        """The block's outputs on `stream`, kept apart from it."""
+        result = store.stream(stream[0])
+        for chosen in self._batches():
+            for output in split_samples(self._call(stream, chosen, None), len(chosen)):
+                result.append(output)
+        return result
+
+    @torch.no_grad()
+    def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
+        """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
+        statistics: dict[str, ChannelStatistics] = {}
+        flat: set[str] = set()
+        extremes: dict[str, list[Tensor]] = {}  # of each linear, per sample of this rank: (samples, 2, in_features)
+        rows = [0]
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                if x.ndim == 2:
+                    flat.add(name)
+                low, high = extremes_of(x.reshape(rows[0], -1, x.shape[-1]))
+                if self.ranks.alone:
+                    statistics.setdefault(name, ChannelStatistics()).add(low, high)
+                else:
+                    extremes.setdefault(name, []).append(torch.stack([low, high], 1))
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            for chosen in self._batches():
+                rows[0] = len(chosen)
+                for sample, output in zip(
+                    chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
+                ):
+                    if not torch.isfinite(output).all():
+                        raise LrquantError(
+                            f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
+                        )
+                    stream[sample] = output
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in sorted(extremes):  # an average over samples in their order wants all of them
+            everything = self.ranks.in_order(torch.cat(extremes[name]), self.samples)
+            statistics[name] = ChannelStatistics()
+            statistics[name].add(everything[:, 0], everything[:, 1])
+        return statistics, flat
+
+    @torch.no_grad()
+    def input_scales(self, stream: Stream, frozen: FrozenBlock) -> dict[str, Tensor]:
+        """NVFP4's scale of every linear's input, (1,) each: of the largest that `stream` brings about in `frozen`."""
+        most: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                found = inputs[0].abs().amax()
+                most[name] = found if name not in most else torch.maximum(most[name], found)
+
+            return hook
+
+        handles = [  # first of all hooks: what comes before any rounding
+            self.block.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
+            for name in linear_names(self.block)
+        ]
+        parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
+        try:
+            for chosen in self._batches():
+                self._call(stream, chosen, parameters)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: scale_of_tensor(self.ranks.most(found)).cpu() for name, found in most.items()}
+
+    @torch.no_grad()
+    def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
+        """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
+        total = 0.0
+        for chosen in self._batches():
+            for sample, output in zip(
+                chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
+            ):
+                if not torch.isfinite(output).all():
+                    raise LrquantError(
+                        f"block {self.index} gives NaN or infinite outputs once it is quantized; try --dtype float32"
+                    )
+                stream[sample] = output
+                target = targets[sample].to(output.device)
+                total += float(torch.nn.functional.cosine_similarity(output.float(), target.float(), dim=-1).mean())
+        if self.ranks.alone:
+            return total / len(stream)
+        total, samples = self.ranks.sum(torch.tensor([total, len(stream)], dtype=torch.float64)).tolist()
+        return total / samples
+
+    @torch.no_grad()
+    def second_moments(self, stream: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """XᵀX (in, in) of every linear's inputs, as the linear sees them, in the block with `parameters`.
+
+        Linears that share an input share the tensor.
+        """
+        moments: dict[str, Tensor] = {}
+        latest: list[Any] = [None, None]  # an input, and the linear whose moments it went into
+
+        def watch(name: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                x = inputs[0]
+                if latest[0] is x:
+                    moments[name] = moments[latest[1]]
+                    return
+                rows = x.reshape(-1, x.shape[-1]).float()
+                if name in moments:
+                    moments[name].addmm_(rows.T, rows)
+                else:
+                    moments[name] = rows.T @ rows
+                latest[:] = x, name
+
+            return hook
+
+        handles = [
+            module.register_forward_pre_hook(watch(name))
+            for name, module in self.block.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            for chosen in self._batches():
+                self._call(stream, chosen, parameters)
+        finally:
+            for handle in handles:
+                handle.remove()
+        distinct = {id(tensor): tensor for tensor in moments.values()}
+        summed = {key: self.ranks.sum(tensor) for key, tensor in distinct.items()}
+        return {name: summed[id(tensor)] for name, tensor in moments.items()}
+
+    def forward_function(
+        self,
+        fixed: BlockParameters,
+        stream: Sequence[Tensor],
+        targets: Sequence[Sequence[Tensor]],
+        recipe: Recipe,
+        graph: CompiledBlock | None = None,
+    ) -> Forward:
+        """The quantized block as `learn` calls it; targets stay on the streams' device until they are needed."""
+        dtype = next(self.block.parameters()).dtype
+        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
+
+        def forward(learnables: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(len(targets), recipe.loss, self.device)
+            wanted = self._wanted(targets, chosen)
+            if graph is not None and graph.works and len(chosen) == self.at_once:
+                found = graph(self.block, fixed, learnables, *self._given(stream, chosen), wanted)
+                if found is not None:
+                    return found
+            plainly = kernels.using("eager") if graph is not None and graph.works else nullcontext()  # a few calls
+            with plainly, matrix_products(recipe, self.device):
+                output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
+            return means(output, wanted, recipe.loss)
+
+        return forward
+
+    def fixed_function(
+        self,
+        parameters: Mapping[str, Tensor],
+        stream: Sequence[Tensor],
+        targets: Sequence[Sequence[Tensor]],
+        loss: str,
+    ) -> Forward:
+        """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
+        here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
+
+        def forward(_: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(len(targets), loss, self.device)
+            return means(self._call(stream, chosen, here), self._wanted(targets, chosen), loss)
+
+        return forward
+
+    def _wanted(self, targets: Sequence[Sequence[Tensor]], chosen: Sequence[int]) -> list[Tensor]:
+        tensors = [[branch[sample] for sample in chosen] for branch in targets]
+        return [(each[0] if len(each) == 1 else torch.cat(each)).to(self.device) for each in tensors]

@@ -1,0 +1,222 @@
+"""Learning one block: AdamW on a handful of vectors so that the quantized block answers like the original.
+
+A non-finite loss or gradient sends the learnables back to the best epoch's state with half the rates, a
+few times; a block that ends worse than it began is given its initial transformation back.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrquant.losses import RunningBalance, terms
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.records import Outcome
+from lrquant.runtime.distributed import ALONE, Ranks
+from lrquant.transforms.smoothing import LEAST_SCALE
+
+PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sample a step
+PAPER_STEPS = 20 * 128
+RATE_POWER, MOST_RATE = 0.75, 32.0
+
+ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.5, 0.02
+FLAT_EPOCHS = 2  # over which an early stop looks at the loss
+MOST_RECOVERIES = 5
+MOST_MEASURED = 32  # samples on which the loss before and after is compared
+
+Learnables = dict[str, Tensor]
+# (learnables, indices of this rank's samples) → losses.means over them, of one target per branch; zeros for no samples
+Forward = Callable[[Learnables, Sequence[int]], Tensor]
+
+
+@dataclass
+class Learned:
+    """The outcome of learning one block."""
+
+    learnables: Learnables
+    outcome: Outcome
+    initial_loss: float
+    final_loss: float
+    epoch_losses: list[float]
+    recoveries: int
+    epochs_left: int = 0  # not needed: the loss had flattened
+
+
+def batch_loss(
+    forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE
+) -> tuple[Tensor, Tensor | None]:
+    """The loss's terms over the samples `part`, the same on every rank; a rank may hold none of them."""
+    mine = ranks.own(part)
+    return terms(ranks.mean(forward(learnables, mine), len(mine) / len(part)))
+
+
+def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
+    """An epoch's order of samples: a batch takes one of every residue class modulo `batch`, each class in random order.
+
+    So every batch is divided evenly over any number of ranks that divides `batch`, and the order does not depend on it.
+    """
+    classes = [
+        torch.arange(first, samples, batch)[torch.randperm(len(range(first, samples, batch)), generator=generator)]
+        for first in range(min(batch, samples))
+    ]
+    return [int(members[turn]) for turn in range(len(classes[0])) for members in classes if turn < len(members)]
+
+
+@torch.no_grad()
+def measure(
+    forward: Forward,
+    learnables: Learnables,
+    samples: int,
+    batch: int,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
+    chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
+    total = 0.0
+    for start in range(0, len(chosen), batch):
+        part = chosen[start : start + batch]
+        squared, direction = batch_loss(forward, learnables, part, ranks)
+        total += float(squared if direction is None else squared + direction) * len(part)
+    return total / len(chosen)
+
+
+def learn(
+    forward: Forward,
+    initial: Learnables,
+    samples: int,
+    batch: int,
+    recipe: Recipe,
+    seed: int,
+    told: Callable[[int, float], None],
+    ranks: Ranks = ALONE,
+) -> Learned:
+    """Minimise the loss over `samples` from `initial`; `told(epoch, loss)` of every epoch.
+
+    `samples` and `batch` count those of all ranks.
+    """
+    before = measure(forward, initial, samples, batch, ranks)
+    if not recipe.epochs or not initial:
+        return Learned(initial, "initial", before, before, [], 0)
+
+    current = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
+    best, best_loss = _copy(initial), before if math.isfinite(before) else math.inf
+    epoch_losses: list[float] = []
+    recoveries = epochs_left = 0
+    generator = torch.Generator().manual_seed(seed)
+    device = next(iter(initial.values())).device
+    balance = RunningBalance() if recipe.dynamic_loss else None
+    optimizer, schedule = _optimizer(current, recipe, samples, batch, 1.0)
+    for epoch in range(recipe.epochs):
+        order = shuffled(samples, batch, generator)
+        total = torch.zeros((), device=device)
+        for start in range(0, samples, batch):
+            part = sorted(order[start : start + batch])
+            squared, direction = batch_loss(forward, current, part, ranks)
+            parts = [squared] if direction is None else [squared, direction]
+            loss = balance(*parts) if balance else sum(parts)
+            optimizer.zero_grad()
+            if loss.requires_grad:  # type: ignore[union-attr] # else this rank holds none of the batch
+                loss.backward()  # type: ignore[union-attr]
+            ranks.sum_gradients(list(current.values()))
+            optimizer.step()
+            schedule.step()
+            _keep_within_bounds(current)
+            total += sum(each.detach() for each in parts) * len(part)
+        ranks.follow([total, *current.values()])
+        # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
+        if bool(torch.isfinite(total)) and _are_finite(current):
+            epoch_losses.append(float(total) / samples)
+            told(epoch, epoch_losses[-1])
+            if epoch_losses[-1] < best_loss:
+                best, best_loss = _copy(current), epoch_losses[-1]
+            if has_flattened(epoch_losses, recipe.early_stop):
+                epochs_left = recipe.epochs - epoch - 1
+                break
+            continue
+        recoveries += 1
+        if recoveries > MOST_RECOVERIES:
+            break
+        current = {name: tensor.clone().requires_grad_() for name, tensor in best.items()}
+        balance = RunningBalance() if recipe.dynamic_loss else None
+        optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
+
+    final = _copy(current)
+    after = measure(forward, final, samples, batch, ranks)
+    outcome: Outcome = "learned"
+    if not after <= before:  # also when `after` is NaN
+        final, outcome = best, "best epoch"
+        after = measure(forward, final, samples, batch, ranks)
+    if not after <= before:
+        final, outcome, after = initial, "kept initial", before
+    return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
+
+
+def has_flattened(losses: Sequence[float], share: float) -> bool:
+    """Whether the last two epochs together lowered the loss by less than `share` of it."""
+    return share > 0 and len(losses) > FLAT_EPOCHS and losses[-1] > (1 - share) * losses[-1 - FLAT_EPOCHS]
+
+
+def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
+    """(smoothing's, clipping's) rate for `steps` optimiser steps per block, unless the recipe names them.
+
+    The papers' rates, 5e-3 and 1e-2, belong to 2560 steps. Adam moves a parameter by about its rate per step, so
+    fewer steps want larger ones: the rates grow with (2560/steps)^¾, at most 32 times (docs/benchmarks.md).
+    """
+    factor = min(max(1.0, PAPER_STEPS / steps) ** RATE_POWER, MOST_RATE)
+    return recipe.let_lr or PAPER_LET_LR * factor, recipe.lwc_lr or PAPER_LWC_LR * factor
+
+
+def rounding_rate(recipe: Recipe, steps: int) -> float:
+    """Rounding's rate for `steps` optimiser steps, unless the recipe names it.
+
+    An offset has to be able to go from −½ to ½ within a schedule whose mean rate is half its first. More than
+    0.02 a step does harm (docs/benchmarks.md).
+    """
+    return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
+
+
+def or_present(learned: Learned, present: Forward, samples: int, batch: int, ranks: Ranks = ALONE) -> Learned:
+    """`learned`, unless the block as it is at present answers better."""
+    loss = measure(present, {}, samples, batch, ranks)
+    learned = replace(learned, initial_loss=loss)
+    return learned if learned.final_loss <= loss else replace(learned, outcome="kept present", final_loss=loss)
+
+
+def _are_finite(learnables: Learnables) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in learnables.values())
+
+
+def _copy(learnables: Learnables) -> Learnables:
+    return {name: tensor.detach().clone() for name, tensor in learnables.items()}
+
+
+@torch.no_grad()
+def _keep_within_bounds(learnables: Learnables) -> None:
+    for name, tensor in learnables.items():
+        if name.endswith(".scale"):
+            tensor.clamp_(min=LEAST_SCALE)
+
+
+def _optimizer(
+    learnables: Learnables, recipe: Recipe, samples: int, batch: int, factor: float, done: int = 0
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
+    smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
+    clipping = [tensor for name, tensor in learnables.items() if name.endswith((".clip_low", ".clip_high"))]
+    rotation = [tensor for name, tensor in learnables.items() if ".rotation" in name]
+    offsets = [tensor for name, tensor in learnables.items() if name.endswith(".offset")]
+    factors = [tensor for name, tensor in learnables.items() if name.endswith(".factor")]
+    per_epoch = math.ceil(samples / batch)
+    let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
+    groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": clipping, "lr": lwc_lr * factor}]
+    # A rotation multiplies weights that start at one: it keeps the papers' rate however few the steps.
+    groups.append({"params": rotation, "lr": min(lwc_lr, PAPER_LWC_LR) * factor})
+    groups.append({"params": offsets, "lr": rounding_rate(recipe, recipe.epochs * per_epoch) * factor})
+    groups.append({"params": factors, "lr": recipe.tuning_lr * factor})
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
+    steps = max(1, recipe.epochs - done) * per_epoch
+    if recipe.schedule == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

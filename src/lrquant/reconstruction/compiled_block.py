@@ -1,0 +1,183 @@
+"""A block's loss as one compiled graph: fake quantization fused with the model's own code, forward and backward.
+
+On a processor a step of a small block is spent between operations as much as in them. Compiled as a whole, rounding
+runs in the loops that produce what is rounded, and nothing of Python is left within a step. Blocks that differ in their
+tensors alone share a graph: it is compiled from a skeleton without weights, which every block lends its own.
+
+What decides integers (scales, clips, ranges) is computed outside, by the operations that freezing uses, and the
+arithmetic inside is that of `formats/fake_quant_math.py`: a graph rounds weights to the same integers as
+everything else.
+"""
+
+import copy
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrquant.formats.kernels import COMPILES_EXACTLY
+from lrquant.losses import means
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_parameters import BlockParameters, Prepared, prepared, rounded_weights
+from lrquant.runtime.execution import matrix_products
+
+_SIMPLE = (bool, int, float, str, torch.dtype, type(None))
+_PLACE = {"layer_idx"}  # tells blocks apart that run the same code
+
+_log = logging.getLogger(__name__)
+
+Tensors = Mapping[str, Tensor]
+
+
+class CompiledBlock:
+    """The compiled loss of every block of one kind."""
+
+    def __init__(self, skeleton: nn.Module, fixed: BlockParameters, recipe: Recipe, device: torch.device) -> None:
+        self.works = True  # until the model's code turns out not to compile
+        self._compiled = False
+        dtype = next(skeleton.parameters()).dtype
+        product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
+
+        def answer(
+            weights: Tensors,
+            others: Tensors,
+            by: Prepared,
+            hidden: Tensor,
+            arguments: Mapping[str, Any],
+            targets: Sequence[Tensor],
+        ) -> Tensor:
+            parameters = {**others, **by.vectors, **rounded_weights(fixed, weights, by, dtype, product)}
+            with matrix_products(recipe, device):
+                output = functional_call(skeleton, parameters, (hidden,), dict(arguments))
+            return means(output[0] if isinstance(output, tuple) else output, targets, recipe.loss)
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Without emulated casts, a scale that the checkpoint rounds would keep its extra digits inside the loop.
+        self._answer = torch.compile(answer, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
+
+    def __call__(
+        self,
+        block: nn.Module,
+        fixed: BlockParameters,
+        learnables: Tensors,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        targets: Sequence[Tensor],
+    ) -> Tensor | None:
+        """What the loss is made of (losses.means) for `block` on `hidden`; None, now and ever after, where its code
+        does not compile.
+        """
+        if not torch.is_grad_enabled():  # the graph that learns: no second one is compiled to measure with
+            with torch.enable_grad():
+                leaves = {name: tensor.detach().requires_grad_() for name, tensor in learnables.items()}
+                found = self(block, fixed, leaves, hidden, arguments, targets)
+            return None if found is None else found.detach()
+        by = prepared(fixed, learnables, next(block.parameters()).dtype)
+        weights = {name: fixed.tensors[name] for name in (f"{linear}.weight" for linear in fixed.linears)}
+        others = {
+            name: tensor.detach()
+            for name, tensor in (*block.named_parameters(), *block.named_buffers())
+            if name not in weights and name not in by.vectors
+        }
+        try:
+            with nullcontext() if self._compiled else _remembered():
+                answer: Tensor = self._answer(weights, others, by, hidden, arguments, targets)
+            self._compiled = True
+            return answer
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.works = False
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
+            return None
+
+
+@contextmanager
+def _remembered() -> Iterator[None]:
+    """What is compiled within is kept on disk, its derivation included: another run does without it.
+
+    PyTorch asks for a word that this is safe. Its key is the graph, which spells out both directions of fake
+    quantization, and entering autocast depends on nothing but its arguments.
+    """
+    known = torch._inductor.config
+    entries = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
+    with ExitStack() as within:
+        if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+            within.enter_context(torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True))
+        if hasattr(known, "unsafe_marked_cacheable_functions"):
+            marked = known.unsafe_marked_cacheable_functions | entries
+            within.enter_context(known.patch(unsafe_marked_cacheable_functions=marked))
+        yield
+
+
+def _ask_compiler() -> None:
+    """Have PyTorch ask the C++ compiler what it can do: on a new machine seconds, in which there is other work to do.
+
+    What goes wrong here goes wrong again where it is needed, and is told there.
+    """
+    # Imported here already: two threads must not import parts of PyTorch at once.
+    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+
+    def ask() -> None:
+        with suppress(Exception):
+            cpu_vec_isa.pick_vec_isa()
+
+    threading.Thread(target=ask, name="lrquant asks the compiler", daemon=True).start()
+
+
+@dataclass
+class CompiledBlocks:
+    """The graphs of one run."""
+
+    recipe: Recipe
+    device: torch.device
+    known: dict[Any, CompiledBlock] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self._useful():
+            _ask_compiler()
+
+    def _useful(self) -> bool:
+        """A graph is for a processor, on which time goes between small operations; CUDA has kernels of its own."""
+        return self.recipe.kernels == "compiled" and self.device.type == "cpu" and COMPILES_EXACTLY
+
+    def of(self, block: nn.Module, fixed: BlockParameters) -> CompiledBlock | None:
+        """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use."""
+        if not self._useful() or fixed.grid is None or fixed.bits:  # each choice of bits would need a graph of its own
+            return None
+        kind = _kind(block, fixed)
+        if kind not in self.known:
+            self.known[kind] = CompiledBlock(_skeleton(block), replace(fixed, tensors={}), self.recipe, self.device)
+        return self.known[kind]
+
+
+def _skeleton(block: nn.Module) -> nn.Module:
+    """A copy of `block` with its hooks, and without the memory of its parameters and buffers."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return copy.deepcopy(block, {id(tensor): _empty(tensor) for tensor in tensors})
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _kind(block: nn.Module, fixed: BlockParameters) -> Any:
+    """Equal for blocks that run the same code on tensors of the same shapes."""
+    modules = [
+        (
+            name,
+            type(module),
+            tuple(
+                (key, value) for key, value in vars(module).items() if isinstance(value, _SIMPLE) and key not in _PLACE
+            ),
+        )
+        for name, module in block.named_modules()
+    ]
+    shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in block.state_dict(keep_vars=True).items()]
+    return (*modules, *shapes, fixed.linears, fixed.grid, fixed.storage_dtype, fixed.product_dtype)

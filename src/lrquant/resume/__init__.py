@@ -1,0 +1,1 @@
+"""What an unfinished run leaves behind, so that the same command goes on from there."""
