@@ -43,7 +43,7 @@ from lrquant.reconstruction.block_parameters import (
     initial_smoothing,
 )
 from lrquant.reconstruction.block_preparation import enabled_equivalences, linear_input_args
-from lrquant.reconstruction.compiled_block import Graphs
+from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.runtime.execution import has_triton
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -213,7 +213,7 @@ def main(
             kernels.using(kernel),
             plain() if name == "plain" else kernels.using(kernel),
         ):
-            graph = Graphs(chosen, device).of(block, fixed)
+            graph = CompiledBlocks(chosen, device).of(block, fixed)
             forward = run.forward_function(fixed, stream, targets, chosen, graph)
 
             def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
