@@ -35,15 +35,10 @@ from lrquant.losses import terms
 from lrquant.reconstruction import block_parameters as parameters
 from lrquant.reconstruction.block_forward import BlockForward
 from lrquant.reconstruction.block_optimizer import learn
-from lrquant.reconstruction.block_parameters import (
-    BlockParameters,
-    initial_clipping,
-    initial_offsets,
-    initial_rotation,
-    initial_smoothing,
-)
 from lrquant.reconstruction.block_preparation import enabled_equivalences, linear_input_args
 from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Start, first_values
 from lrquant.runtime.execution import has_triton
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -170,12 +165,7 @@ def main(
     fixed = BlockParameters.of(
         block, enabled_equivalences(family.equivalences(config), recipe), recipe.scheme, torch.bfloat16
     )
-    start = initial_smoothing(fixed, gathered, recipe.init, recipe.alpha, ()) if recipe.let else {}
-    start |= initial_clipping(fixed)
-    if recipe.rotation:
-        start |= initial_rotation(fixed, 1, torch.Generator())
-    if recipe.rounding == "learned":
-        start |= initial_offsets(fixed)
+    start = first_values(fixed, Start(recipe, statistics=gathered))
     weights = sum(tensor.numel() for tensor in fixed.tensors.values())
     flops = 6 * weights * tokens * batch
     most = ceiling(device, torch.bfloat16, 8192 if device.type == "cuda" else 2048)

@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from lrquant.errors import UsageError
 from lrquant.recipe import PRESETS, Recipe
-from lrquant.reconstruction.block_optimizer import learning_rates
+from lrquant.reconstruction.learnables.rates import clipping_rate, smoothing_rate
 
 KEYS = tuple(Recipe.model_fields)
 
@@ -59,7 +59,8 @@ def test_presets_are_the_published_methods() -> None:
     # The papers' settings: 20 epochs over 128 samples, one at a time, and their learning rates.
     exact = Recipe.preset("lrquant", paper_exact=True)
     assert (exact.epochs, exact.nsamples, exact.batch_size, exact.schedule) == (20, 128, 1, "constant")
-    assert learning_rates(exact, steps=20 * 128) == learning_rates(lrquant, steps=20 * 128) == (5e-3, 1e-2)
+    for recipe in (exact, lrquant):
+        assert (smoothing_rate(recipe, 20 * 128), clipping_rate(recipe, 20 * 128)) == (5e-3, 1e-2)
     assert lrquant.epochs * lrquant.nsamples <= exact.epochs * exact.nsamples / 3  # with rates that follow a cosine
     assert not Recipe.preset("omniquant", abits=16).let  # weight-only: clipping alone
     assert Recipe.preset("omniquant", abits=16, let=True).let

@@ -15,8 +15,11 @@ from lrquant.architectures import family_of
 from lrquant.errors import UsageError
 from lrquant.loading.block_source import BlockSource
 from lrquant.passes.rotation import Rotated, rotate, settled
-from lrquant.reconstruction.block_parameters import BlockParameters, freeze, initial_clipping
+from lrquant.reconstruction.block_parameters import freeze
 from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Start
+from lrquant.reconstruction.learnables.clipping import Clipping
 from lrquant.transforms.hadamard import hadamard, keeping_mean, orthogonal_matrix
 from lrquant.transforms.online import BlockHadamard, add_online_transform
 from tests import models, vision_models
@@ -222,7 +225,7 @@ def test_a_transform_at_run_time_compiles_with_its_block() -> None:
     block.linear.weight.data = BlockHadamard(64)(block.linear.weight.data)
     assert torch.allclose(block(torch.eye(64)[None]), expected, atol=1e-6)
     fixed = BlockParameters.of(block, (), recipe.scheme, torch.float32)
-    learnables = {name: tensor.requires_grad_() for name, tensor in initial_clipping(fixed).items()}
+    learnables = {name: tensor.requires_grad_() for name, tensor in Clipping().start(fixed, Start(recipe)).items()}
     graph = CompiledBlocks(recipe, torch.device("cpu")).of(block, fixed)
     assert graph is not None
     plain = functional_call(block, dict(freeze(fixed, learnables).parameters(torch.float32)), (torch.eye(64)[None],))

@@ -18,9 +18,13 @@ from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activation_quant import quantized_activations, route_attention
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_parameters import BlockParameters, freeze, initial_clipping, initial_rotation
+from lrquant.reconstruction.block_parameters import freeze
 from lrquant.reconstruction.block_preparation import linear_input_args
 from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Start
+from lrquant.reconstruction.learnables.clipping import Clipping
+from lrquant.reconstruction.learnables.rotation_vector import RotationVector
 from lrquant.runtime import execution as speed
 from tests.tiny import write_tiny
 
@@ -49,7 +53,8 @@ class Wayward(Line):
 
 def random_learnables(fixed: BlockParameters, rotation: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    learnables = initial_clipping(fixed) | (initial_rotation(fixed, 1, generator) if rotation else {})
+    start = Start(Recipe.preset("lrquant+"))
+    learnables = Clipping().start(fixed, start) | (RotationVector().start(fixed, start) if rotation else {})
     for name, tensor in learnables.items():
         if name.endswith(".rotation"):
             tensor.uniform_(0.8, 1.2, generator=generator)

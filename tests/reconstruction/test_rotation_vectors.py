@@ -11,13 +11,12 @@ import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.recipe import PAPER_EXACT
-from lrquant.reconstruction.block_parameters import (
-    BlockParameters,
-    freeze,
-    initial_clipping,
-    initial_rotation,
-    quantized_parameters,
-)
+from lrquant.reconstruction.block_parameters import freeze, quantized_parameters
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Start
+from lrquant.reconstruction.learnables.clipping import Clipping
+from lrquant.reconstruction.learnables.rank_k_rotation import RankKRotation
+from lrquant.reconstruction.learnables.rotation_vector import RotationVector
 from tests.tiny import SETTINGS, write_tiny
 
 IDS = torch.arange(5, 69)[None]
@@ -50,10 +49,10 @@ def test_folding_changes_the_logits_by_rounding_only(
     unrotated: dict[str, torch.Tensor] = {}
     for index, block in enumerate(model.get_submodule(family_of(model).blocks)):
         fixed = BlockParameters.of(block, (), recipe.scheme, storage)
-        learnables = initial_clipping(fixed)
+        learnables = Clipping().start(fixed, Start(recipe))
         for target, rotate in ((unrotated, False), (apart, True)):
             if rotate:
-                for name, ones in initial_rotation(fixed, 1, generator).items():
+                for name, ones in RotationVector().start(fixed, Start(recipe)).items():
                     learnables[name] = ones + 0.5 * torch.rand(ones.shape, generator=generator)
             for name, value in quantized_parameters(fixed, learnables, torch.float32).items():
                 target[f"model.layers.{index}.{name}"] = value
@@ -72,9 +71,12 @@ def test_folding_changes_the_logits_by_rounding_only(
 def test_every_rank_starts_at_one(rank: int, tiny: Path) -> None:
     model = lrquant.load(str(tiny))
     block = model.get_submodule(family_of(model).blocks)[0]
-    fixed = BlockParameters.of(block, (), Recipe.preset("lrquant+").scheme, torch.float32)
+    recipe = Recipe.preset("lrquant+", rotation_rank=rank)
+    fixed = BlockParameters.of(block, (), recipe.scheme, torch.float32)
     plain = quantized_parameters(fixed, {}, torch.float32)
-    rotated = quantized_parameters(fixed, initial_rotation(fixed, rank, torch.Generator()), torch.float32)
+    rotation = RotationVector() if rank == 1 else RankKRotation()
+    assert rotation.enabled(recipe)
+    rotated = quantized_parameters(fixed, rotation.start(fixed, Start(recipe)), torch.float32)
     assert all(torch.equal(plain[name], rotated[name]) for name in plain)
 
 

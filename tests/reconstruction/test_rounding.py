@@ -8,15 +8,11 @@ import torch
 import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
-from lrquant.reconstruction.block_optimizer import MOST_ROUNDING_RATE, rounding_rate
-from lrquant.reconstruction.block_parameters import (
-    BlockParameters,
-    freeze,
-    initial_clipping,
-    initial_offsets,
-    initial_rotation,
-    quantized_parameters,
-)
+from lrquant.reconstruction.block_parameters import freeze, quantized_parameters
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Start, first_values
+from lrquant.reconstruction.learnables.clipping import Clipping
+from lrquant.reconstruction.learnables.rates import MOST_ROUNDING_RATE, rounding_rate
 from tests.tiny import SETTINGS, write_tiny
 
 
@@ -33,8 +29,9 @@ def test_training_sees_the_frozen_integers(wbits: int, group_size: int | None, t
     block = model.get_submodule(family_of(model).blocks)[0]
     fixed = BlockParameters.of(block, (), recipe.scheme, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    nearest = freeze(fixed, initial_clipping(fixed))
-    learnables = initial_clipping(fixed) | initial_rotation(fixed, 1, generator) | initial_offsets(fixed)
+    start = Start(recipe)
+    nearest = freeze(fixed, Clipping().start(fixed, start))
+    learnables = first_values(fixed, start)
     for name, tensor in learnables.items():
         if name.endswith(".offset"):
             tensor.uniform_(-0.5, 0.5, generator=generator)

@@ -43,10 +43,10 @@ from lrquant.loading.pretrained import (
 from lrquant.loading.validation import weight_files
 from lrquant.recipe import Recipe
 from lrquant.reconstruction import BlockRecord, Reconstruction, reconstruct
-from lrquant.reconstruction.block_optimizer import Learnables
 from lrquant.reconstruction.block_preparation import linear_input_args
 from lrquant.reconstruction.callbacks import Callback, Callbacks
 from lrquant.reconstruction.journal import Journal, SharedJournal
+from lrquant.reconstruction.learnables import Learnables
 from lrquant.report.observer import Observer
 from lrquant.resume.fingerprint import difference, folder_digest, identity_of, module_digest
 from lrquant.resume.journal import DiskJournal

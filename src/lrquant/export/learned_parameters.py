@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lrquant.errors import UsageError
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Learnables
+from lrquant.reconstruction.learnables import Learnables
 
 
 def save_learned(path: Path, learned: Sequence[Learnables], recipe: Recipe) -> None:

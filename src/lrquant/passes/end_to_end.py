@@ -29,12 +29,15 @@ from lrquant.calibration.capture import answering
 from lrquant.formats import kernels
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Learnables, learn
+from lrquant.reconstruction.block_optimizer import learn
 from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.learnables import Learnables
+from lrquant.reconstruction.learnables.end_to_end_factor import EndToEndFactor
 from lrquant.reconstruction.records import Outcome
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.execution import matrix_products
 
+_FACTOR = EndToEndFactor()
 _BATCHED = {"input_ids", "pixel_values"}  # arguments of a sample whose first dimension is the batch
 
 
@@ -151,7 +154,7 @@ class _Tunable:
         }
 
     def start(self, place: int) -> Learnables:
-        return {_factor(place, name): torch.ones_like(base) for name, base in self._bases.items()}
+        return _FACTOR.ones(place, self._bases)
 
     def __call__(self, factors: Learnables, place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
         """The quantized block's answer; `own` is its forward."""
@@ -169,7 +172,7 @@ class _Tunable:
     def _parameters(self, factors: Learnables, place: int) -> dict[str, Tensor]:
         products, found = self._frozen.product_dtype, dict(self._fixed)
         for name, base in self._bases.items():
-            value = (base * factors[_factor(place, name)]).to(self._storage_dtype)
+            value = _FACTOR.applied(factors, place, name, base, self._storage_dtype)
             linear = name.removesuffix(".weight")
             if linear in self._steps:
                 value = (self._steps[linear].float() * value.float()).flatten(-2).to(products)
@@ -180,7 +183,7 @@ class _Tunable:
     def tuned(self, factors: Learnables, place: int) -> FrozenBlock:
         """The frozen block with `factors` in its scales and vectors, which the block takes on."""
         values = {
-            name: (base * factors[_factor(place, name)]).to(self._storage_dtype).cpu()
+            name: _FACTOR.applied(factors, place, name, base, self._storage_dtype).cpu()
             for name, base in self._bases.items()
         }
         weights = {
@@ -195,10 +198,6 @@ class _Tunable:
         for name, tensor in result.parameters(self._dtype).items():
             parameters[name].copy_(tensor)
         return result
-
-
-def _factor(place: int, name: str) -> str:
-    return f"{place}.{name}.factor"
 
 
 class _Through(nn.Module):

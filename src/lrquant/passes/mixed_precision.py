@@ -31,8 +31,9 @@ from lrquant.formats.layout import pads_zero_points, storage_format
 from lrquant.loading.block_source import BlockSource, held
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_parameters import linear_names, sharing_inputs
+from lrquant.reconstruction.block_parameters import sharing_inputs
 from lrquant.reconstruction.block_preparation import check_finite
+from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.runtime.distributed import ALONE, Ranks
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bits

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
-from lrquant.reconstruction.block_optimizer import Learnables
-from lrquant.reconstruction.block_parameters import BlockParameters, FrozenBlock
+from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Learnables
 
 # (a stream or part of one, by sample; sample; parameters in place of the block's own) → output, (1, tokens, hidden)
 Call = Callable[[Mapping[int, Tensor], int, Mapping[str, Tensor] | None], Tensor]

@@ -16,9 +16,11 @@ from lrquant.formats import kernels
 from lrquant.formats.fp4 import scale_of_tensor
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Forward, Learnables
-from lrquant.reconstruction.block_parameters import BlockParameters, FrozenBlock, linear_names, quantized_parameters
+from lrquant.reconstruction.block_optimizer import Forward
+from lrquant.reconstruction.block_parameters import FrozenBlock, quantized_parameters
 from lrquant.reconstruction.compiled_block import CompiledBlock
+from lrquant.reconstruction.fixed_parameters import BlockParameters, linear_names
+from lrquant.reconstruction.learnables import Learnables
 from lrquant.runtime.distributed import ALONE, Ranks
 from lrquant.runtime.execution import matrix_products
 from lrquant.transforms.statistics import ChannelStatistics, extremes_of

@@ -13,20 +13,14 @@ from torch import Tensor
 
 from lrquant.losses import RunningBalance, terms
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.learnables import Learnables, keep_within_bounds, parameter_groups
 from lrquant.reconstruction.records import Outcome
 from lrquant.runtime.distributed import ALONE, Ranks
-from lrquant.transforms.smoothing import LEAST_SCALE
 
-PAPER_LET_LR, PAPER_LWC_LR = 5e-3, 1e-2  # at 20 epochs over 128 samples, one sample a step
-PAPER_STEPS = 20 * 128
-RATE_POWER, MOST_RATE = 0.75, 32.0
-
-ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.5, 0.02
 FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
 MOST_MEASURED = 32  # samples on which the loss before and after is compared
 
-Learnables = dict[str, Tensor]
 # (learnables, indices of this rank's samples) → losses.means over them, of one target per branch; zeros for no samples
 Forward = Callable[[Learnables, Sequence[int]], Tensor]
 
@@ -122,7 +116,7 @@ def learn(
             ranks.sum_gradients(list(current.values()))
             optimizer.step()
             schedule.step()
-            _keep_within_bounds(current)
+            keep_within_bounds(current)
             total += sum(each.detach() for each in parts) * len(part)
         ranks.follow([total, *current.values()])
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
@@ -158,25 +152,6 @@ def has_flattened(losses: Sequence[float], share: float) -> bool:
     return share > 0 and len(losses) > FLAT_EPOCHS and losses[-1] > (1 - share) * losses[-1 - FLAT_EPOCHS]
 
 
-def learning_rates(recipe: Recipe, steps: int) -> tuple[float, float]:
-    """(smoothing's, clipping's) rate for `steps` optimiser steps per block, unless the recipe names them.
-
-    The papers' rates, 5e-3 and 1e-2, belong to 2560 steps. Adam moves a parameter by about its rate per step, so
-    fewer steps want larger ones: the rates grow with (2560/steps)^¾, at most 32 times (docs/benchmarks.md).
-    """
-    factor = min(max(1.0, PAPER_STEPS / steps) ** RATE_POWER, MOST_RATE)
-    return recipe.let_lr or PAPER_LET_LR * factor, recipe.lwc_lr or PAPER_LWC_LR * factor
-
-
-def rounding_rate(recipe: Recipe, steps: int) -> float:
-    """Rounding's rate for `steps` optimiser steps, unless the recipe names it.
-
-    An offset has to be able to go from −½ to ½ within a schedule whose mean rate is half its first. More than
-    0.02 a step does harm (docs/benchmarks.md).
-    """
-    return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)
-
-
 def or_present(learned: Learned, present: Forward, samples: int, batch: int, ranks: Ranks = ALONE) -> Learned:
     """`learned`, unless the block as it is at present answers better."""
     loss = measure(present, {}, samples, batch, ranks)
@@ -192,30 +167,15 @@ def _copy(learnables: Learnables) -> Learnables:
     return {name: tensor.detach().clone() for name, tensor in learnables.items()}
 
 
-@torch.no_grad()
-def _keep_within_bounds(learnables: Learnables) -> None:
-    for name, tensor in learnables.items():
-        if name.endswith(".scale"):
-            tensor.clamp_(min=LEAST_SCALE)
-
-
 def _optimizer(
     learnables: Learnables, recipe: Recipe, samples: int, batch: int, factor: float, done: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
-    smoothing = [tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))]
-    clipping = [tensor for name, tensor in learnables.items() if name.endswith((".clip_low", ".clip_high"))]
-    rotation = [tensor for name, tensor in learnables.items() if ".rotation" in name]
-    offsets = [tensor for name, tensor in learnables.items() if name.endswith(".offset")]
-    factors = [tensor for name, tensor in learnables.items() if name.endswith(".factor")]
     per_epoch = math.ceil(samples / batch)
-    let_lr, lwc_lr = learning_rates(recipe, recipe.epochs * per_epoch)
-    groups = [{"params": smoothing, "lr": let_lr * factor}, {"params": clipping, "lr": lwc_lr * factor}]
-    # A rotation multiplies weights that start at one: it keeps the papers' rate however few the steps.
-    groups.append({"params": rotation, "lr": min(lwc_lr, PAPER_LWC_LR) * factor})
-    groups.append({"params": offsets, "lr": rounding_rate(recipe, recipe.epochs * per_epoch) * factor})
-    groups.append({"params": factors, "lr": recipe.tuning_lr * factor})
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0, fused=True)
+    groups = parameter_groups(learnables, recipe, recipe.epochs * per_epoch)
+    for group in groups:
+        group["lr"] *= factor
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
     steps = max(1, recipe.epochs - done) * per_epoch
     if recipe.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -18,13 +18,14 @@ from lrquant.formats.activation_quant import quantized_activations, set_whole
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_optimizer import Learnables, or_present
+from lrquant.reconstruction.block_optimizer import or_present
 from lrquant.reconstruction.block_parameters import FrozenBlock, freeze
 from lrquant.reconstruction.block_preparation import check_fits, linear_input_args
 from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.reconstruction.initial_state import begin
 from lrquant.reconstruction.journal import FinishedBlock
+from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.reconstruction.result import Present
 from lrquant.reconstruction.rounding import solve

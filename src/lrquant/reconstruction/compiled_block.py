@@ -24,7 +24,8 @@ from torch.func import functional_call
 from lrquant.formats.kernels import COMPILES_EXACTLY
 from lrquant.losses import means
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_parameters import BlockParameters, Prepared, prepared, rounded_weights
+from lrquant.reconstruction.block_parameters import Prepared, prepared, rounded_weights
+from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.runtime.execution import matrix_products
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))

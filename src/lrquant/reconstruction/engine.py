@@ -40,7 +40,6 @@ from lrquant.passes.non_block_modules import chosen_modules, round_outside
 from lrquant.passes.rotation import rotate, settled
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_optimizer import Learnables
 from lrquant.reconstruction.block_preparation import (
     check_finite,
     check_group_size,
@@ -52,6 +51,7 @@ from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.reconstruction.initial_state import frozen_again
 from lrquant.reconstruction.journal import Journal
+from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.result import Present, Reconstruction
 from lrquant.runtime.distributed import ALONE, Ranks
 from lrquant.runtime.execution import settle

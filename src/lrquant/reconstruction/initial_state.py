@@ -7,19 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Learnables
-from lrquant.reconstruction.block_parameters import (
-    BlockParameters,
-    FrozenBlock,
-    freeze,
-    initial_clipping,
-    initial_offsets,
-    initial_rotation,
-    initial_smoothing,
-    sharing_inputs,
-)
+from lrquant.reconstruction.block_parameters import FrozenBlock, freeze, sharing_inputs
 from lrquant.reconstruction.block_preparation import choose_shifts
+from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.journal import FinishedBlock
+from lrquant.reconstruction.learnables import Learnables, Start, first_values
 from lrquant.transforms import Equivalence
 from lrquant.transforms.bias_slots import add_bias_slots
 from lrquant.transforms.statistics import ChannelStatistics
@@ -49,21 +41,9 @@ def begin(
 ) -> tuple[BlockParameters, Learnables, tuple[str, ...]]:
     """(what stays fixed, what is learned as it starts, modules that were given a bias for their shifts)."""
     shifted, slots = choose_shifts(block, equivalences, recipe.shift)
-    start: Learnables = {}
-    if recipe.let:
-        without = BlockParameters.of(block, equivalences, recipe.scheme.within(path), storage_dtype)
-        start |= initial_smoothing(without, statistics, recipe.init, recipe.alpha, shifted)
     add_bias_slots(block, slots)
     fixed = fixed_of(block, path, equivalences, statistics, recipe, storage_dtype)
-    if fixed.grid is not None:
-        if recipe.lwc:
-            start |= initial_clipping(fixed)
-        if recipe.rotation:
-            generator = torch.Generator().manual_seed(recipe.seed + place)
-            start |= initial_rotation(fixed, recipe.rotation_rank, generator)
-        if recipe.rounding == "learned":
-            start |= initial_offsets(fixed)
-    return fixed, start, slots
+    return fixed, first_values(fixed, Start(recipe, place, statistics, shifted, slots)), slots
 
 
 def frozen_again(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.learnables import without_large
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.runtime.distributed import Ranks
 from lrquant.transforms.statistics import ChannelStatistics
@@ -39,9 +40,8 @@ class FinishedBlock:
         return found
 
     def without_offsets(self) -> "FinishedBlock":
-        """The same without learned rounding's offsets: one number a weight, as large as the block in float32."""
-        small = {name: tensor for name, tensor in self.learnables.items() if not name.endswith(".offset")}
-        return replace(self, learnables=small)
+        """The same without learnables that are as large as the block: learned rounding's offsets."""
+        return replace(self, learnables=without_large(self.learnables))
 
     @classmethod
     def of(

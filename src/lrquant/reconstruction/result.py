@@ -9,9 +9,9 @@ from lrquant.passes.end_to_end import Tuning
 from lrquant.passes.non_block_modules import NonBlockModules
 from lrquant.passes.rotation import Rotated
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Learnables
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.journal import FinishedBlock
+from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.transforms.statistics import ChannelStatistics
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_optimizer import Learnables, Learned, learn, measure
-from lrquant.reconstruction.block_parameters import BlockParameters, compensated_offsets, quantized_parameters
+from lrquant.reconstruction.block_optimizer import Learned, learn, measure
+from lrquant.reconstruction.block_parameters import gptq_offsets, quantized_parameters
 from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.learnables import Learnables
 
 
 def solve(
@@ -55,4 +57,4 @@ def _compensated(
 ) -> Learnables:
     """`learnables` with GPTQ's offsets for the inputs that the block, as learned, gives its linears."""
     present = quantized_parameters(fixed, learnables, next(run.block.parameters()).dtype)
-    return learnables | compensated_offsets(fixed, learnables, run.second_moments(stream, present))
+    return learnables | gptq_offsets(fixed, learnables, run.second_moments(stream, present))

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from lrquant.formats.activation_quant import quantized_activations
 from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
-from lrquant.reconstruction.block_optimizer import Learnables
-from lrquant.reconstruction.block_parameters import quantized_parameters
+from lrquant.reconstruction.block_parameters import quantized_parameters, transformed_parameters
 from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.learnables import Learnables
+from lrquant.reconstruction.learnables.clipping import Clipping
+from lrquant.reconstruction.learnables.smoothing import Smoothing
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.report.run import Block, Error, Errors, LinearInput, Sensitivity
-from lrquant.transforms import materialize, reparameterize
 
 MOST_TOKENS, MOST_SAMPLES = 1024, 4  # that are looked at
 MOST_CHANNELS = 512
@@ -93,7 +94,7 @@ class Observer(Callback):
     def _look(self, looking: "_Looking", block: Block) -> None:
         decided, errors = looking.decided, block.errors
         assert errors is not None
-        smoothing_start, smoothing = _smoothing(decided.start), _smoothing(decided.learned)
+        smoothing_start, smoothing = Smoothing().of(decided.start), Smoothing().of(decided.learned)
         errors.inherited = looking.error(looking.x_hat, looking.original())
         errors.own = looking.quantized_error(looking.x, looking.final())
         errors.plain = looking.quantized_error(looking.x_hat, looking.rounded({}))
@@ -105,11 +106,11 @@ class Observer(Callback):
             errors.smoothing_learned = looking.quantized_error(looking.x_hat, looking.rounded(smoothing))
         block.sensitivity = looking.sensitivities(bool(decided.learned))
         block.inputs = self._look_at_inputs(looking, bool(smoothing))
-        for name, end in smoothing.items():
-            if name.endswith(".scale"):
-                key = f"{block.index}|{name.removesuffix('.scale')}|scale"
-                self._keep(f"{key}_start", _thinned(smoothing_start[name]))
-                self._keep(f"{key}_end", _thinned(end))
+        first = Smoothing().scales(smoothing_start)
+        for transformation, last in Smoothing().scales(smoothing).items():
+            key = f"{block.index}|{transformation}|scale"
+            self._keep(f"{key}_start", _thinned(first[transformation]))
+            self._keep(f"{key}_end", _thinned(last))
         self._look_at_weights(looking)
 
     def _look_at_inputs(self, looking: "_Looking", smoothed: bool) -> list[LinearInput]:
@@ -144,13 +145,14 @@ class Observer(Callback):
             edge = HISTOGRAM_EDGE * (1 + 1e-6)
             counts = torch.histc(relative, HISTOGRAM_BINS, -edge, edge)
             self._keep(f"{looking.view.index}|{layer}|histogram", counts / counts.sum())
-            low, high = (looking.decided.learned.get(f"{layer}.clip_{end}") for end in ("low", "high"))
-            if low is not None and high is not None:
+            shares = Clipping().kept(looking.decided.learned, layer)
+            if shares is not None:
+                low, high = shares
                 kept = [
                     torch.stack([part.quantile(0.1), part.mean(), part.quantile(0.9)])
                     for part in (
-                        (relative.amin(-1, keepdim=True).clamp(max=0) * low.sigmoid()).flatten(),
-                        (relative.amax(-1, keepdim=True).clamp(min=0) * high.sigmoid()).flatten(),
+                        (relative.amin(-1, keepdim=True).clamp(max=0) * low).flatten(),
+                        (relative.amax(-1, keepdim=True).clamp(min=0) * high).flatten(),
                     )
                 ]
                 self._keep(f"{looking.view.index}|{layer}|clip", torch.stack(kept))
@@ -171,8 +173,7 @@ class _Looking:
 
     def transformed(self) -> dict[str, Tensor]:
         """The learned equivalent transformation in full precision: the same function as the original's."""
-        fixed = self.decided.fixed
-        written = materialize(fixed.tensors, reparameterize(fixed.tensors, fixed.equivalences, self.decided.learned))
+        written = transformed_parameters(self.decided.fixed, self.decided.learned)
         return {name: tensor.to(self.dtype) for name, tensor in written.items()}
 
     def rounded(self, learnables: Learnables) -> dict[str, Tensor]:
@@ -266,10 +267,6 @@ def outlier_ratio(rows: Tensor) -> float:  # (tokens, channels)
 
 def _part(stream: Sequence[Tensor], chosen: Sequence[int]) -> Stream:
     return {sample: stream[sample].clone() for sample in chosen}
-
-
-def _smoothing(learnables: Learnables) -> Learnables:
-    return {name: tensor for name, tensor in learnables.items() if name.endswith((".scale", ".shift"))}
 
 
 def _same(one: Learnables, other: Learnables) -> bool:

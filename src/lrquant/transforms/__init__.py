@@ -1,6 +1,6 @@
 """Function-preserving reparameterisations of a block, as pure functions of its parameters."""
 
-from lrquant.transforms.equivalence import Edits, Equivalence, Reparameterized, materialize, reparameterize
+from lrquant.transforms.equivalence import Edits, Equivalence, Reparameterized, applied, materialize, reparameterize
 from lrquant.transforms.smoothing import NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Reparameterized",
     "UpToDown",
     "ValueToOutput",
+    "applied",
     "materialize",
     "reparameterize",
 ]

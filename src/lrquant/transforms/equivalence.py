@@ -22,15 +22,29 @@ from lrquant.transforms.statistics import ChannelStatistics
 Parameters = Mapping[str, Tensor]
 
 
+SCALE, SHIFT = "scale", "shift"  # a transformation's learnables are called `name.scale`, `name.shift`
+
+
 @dataclass
 class Edits:
-    """What transformations ask of the parameters, by module name. Factors of one module multiply."""
+    """What learnables ask of a block's parameters, by module name; `parameters` by parameter name.
+
+    Factors of one module multiply. In this order they act on a linear: `weight` takes the weight's place, then come
+    the factors on rows and columns, then the grid with its clips and offsets, then `gain` and `multiplier`.
+    """
 
     row: dict[str, Tensor] = field(default_factory=dict)  # (out,), factor on rows
     column: dict[str, Tensor] = field(default_factory=dict)  # (in,), factor on columns
     input_shift: dict[str, Tensor] = field(default_factory=dict)  # (in,), δ
     output_shift: dict[str, Tensor] = field(default_factory=dict)  # (out,), ε
     norm: dict[str, tuple[Tensor, Tensor | None, float]] = field(default_factory=dict)  # S, δ, o
+    weight: dict[str, Tensor] = field(default_factory=dict)  # (out, in), e.g. the weight times a matrix
+    clip_low: dict[str, Tensor] = field(default_factory=dict)  # (out, groups, 1), factor on a group's minimum
+    clip_high: dict[str, Tensor] = field(default_factory=dict)  # same, on its maximum
+    offset: dict[str, Tensor] = field(default_factory=dict)  # (out, in), added on the grid before rounding
+    gain: dict[str, Tensor] = field(default_factory=dict)  # (out, groups or 1, 1), factor that folds into the scales
+    multiplier: dict[str, Tensor] = field(default_factory=dict)  # (out, in), factor that no scale holds: dense export
+    parameters: dict[str, Tensor] = field(default_factory=dict)  # any other parameter's new values
 
     def scale_rows(self, linear: str, factor: Tensor) -> None:
         self.row[linear] = self.row[linear] * factor if linear in self.row else factor
@@ -40,7 +54,7 @@ class Edits:
 
 
 class Equivalence(Protocol):
-    """One transformation of a block, declared by its family. Learnables are called `name.scale`, `name.shift`."""
+    """One transformation of a block, declared by its family, with a scale and perhaps a shift to learn."""
 
     @property
     def name(self) -> str: ...
@@ -66,20 +80,33 @@ class Reparameterized:
     row: Mapping[str, Tensor]
     column: Mapping[str, Tensor]
     vectors: Mapping[str, Tensor]  # full parameter name → new norm weight, norm bias or linear bias
+    weight: Mapping[str, Tensor] = field(default_factory=dict)  # (out, in), in place of a linear's own
+
+
+def record_scales(
+    params: Parameters, equivalences: Sequence[Equivalence], learnables: Mapping[str, Tensor], edits: Edits
+) -> None:
+    """Write down in `edits` what `equivalences` do with their scales and shifts among `learnables`.
+
+    A scale that is absent leaves its transformation out; an absent shift is zero.
+    """
+    for equivalence in equivalences:
+        scale = learnables.get(f"{equivalence.name}.{SCALE}")
+        if scale is not None:
+            equivalence.record(params, scale, learnables.get(f"{equivalence.name}.{SHIFT}"), edits)
 
 
 def reparameterize(
     params: Parameters, equivalences: Sequence[Equivalence], learnables: Mapping[str, Tensor]
 ) -> Reparameterized:
-    """Apply `equivalences` with the given `learnables` to a block's `params`. Pure and differentiable.
-
-    A scale that is absent from `learnables` leaves its transformation out; an absent shift is zero.
-    """
+    """Apply `equivalences` with the given `learnables` to a block's `params`. Pure and differentiable."""
     edits = Edits()
-    for equivalence in equivalences:
-        scale = learnables.get(f"{equivalence.name}.scale")
-        if scale is not None:
-            equivalence.record(params, scale, learnables.get(f"{equivalence.name}.shift"), edits)
+    record_scales(params, equivalences, learnables, edits)
+    return applied(params, edits)
+
+
+def applied(params: Parameters, edits: Edits) -> Reparameterized:
+    """What `edits` make of a block's `params` before rounding. Pure and differentiable."""
     vectors: dict[str, Tensor] = {}
     for norm, (scale, shift, offset) in edits.norm.items():
         weight = params[f"{norm}.weight"]
@@ -97,14 +124,14 @@ def reparameterize(
         if linear in edits.output_shift:
             bias = bias - edits.output_shift[linear]
         vectors[f"{linear}.bias"] = bias * edits.row[linear] if linear in edits.row else bias
-    return Reparameterized(edits.row, edits.column, vectors)
+    return Reparameterized(edits.row, edits.column, vectors | edits.parameters, edits.weight)
 
 
 def materialize(params: Parameters, changed: Reparameterized) -> dict[str, Tensor]:
     """`params` with every transformed weight written out, in full precision."""
     result = dict(params) | dict(changed.vectors)
-    for linear in dict.fromkeys([*changed.row, *changed.column]):
-        weight = params[f"{linear}.weight"]
+    for linear in dict.fromkeys([*changed.weight, *changed.row, *changed.column]):
+        weight = changed.weight.get(linear, params[f"{linear}.weight"])
         if linear in changed.row:
             weight = weight * changed.row[linear][:, None]
         result[f"{linear}.weight"] = weight * changed.column[linear] if linear in changed.column else weight

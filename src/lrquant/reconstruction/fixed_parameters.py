@@ -1,0 +1,48 @@
+"""What stays fixed of a block while it is learned: its own parameters, its transformations, its number format."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lrquant.formats import Grid, Scheme
+from lrquant.formats.layout import product_dtype
+from lrquant.transforms import Equivalence
+
+
+def linear_names(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+
+
+@dataclass(frozen=True)
+class BlockParameters:
+    """What stays fixed while a block is learned."""
+
+    tensors: Mapping[str, Tensor]  # the block's own parameters by name, float32
+    linears: tuple[str, ...]
+    equivalences: Sequence[Equivalence]
+    grid: Grid | None  # None: weights stay in floating point
+    storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
+    product_dtype: torch.dtype  # in which loaders dequantize (formats.layout)
+    together: Mapping[str, str] = field(default_factory=dict)  # linear → the first of those that share its input
+    bits: Mapping[str, int] = field(default_factory=dict)  # of linears whose weights have other bits than `grid`
+
+    def grid_of(self, linear: str) -> Grid:
+        """The grid of a linear's weights, where there is one."""
+        assert self.grid is not None
+        return replace(self.grid, bits=self.bits[linear]) if linear in self.bits else self.grid
+
+    def weight(self, linear: str) -> Tensor:
+        """A linear's own weight, (out, in), float32."""
+        return self.tensors[f"{linear}.weight"]
+
+    @classmethod
+    def of(
+        cls, block: nn.Module, equivalences: Sequence[Equivalence], scheme: Scheme, storage_dtype: torch.dtype
+    ) -> "BlockParameters":
+        """`scheme` calls linears by their names within `block`."""
+        tensors = {name: parameter.detach().float() for name, parameter in block.named_parameters()}
+        grid = Grid.of(scheme.weights) if scheme.weights else None
+        products = product_dtype(scheme, storage_dtype)
+        return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products, bits=scheme.bits)
