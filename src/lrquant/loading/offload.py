@@ -4,7 +4,7 @@ The skeleton is built on the meta device by transformers' own code. What stands 
 vision tower that stays as it is) is read at once, for every sample passes through it; a block is read when its
 turn comes and dropped when it is done; an output head that nothing calls is read when the checkpoint is written.
 
-Tensors are found by the renamings that transformers itself applies when it loads. A checkpoint whose tensors it
+Tensors are found as transformers finds them (source_tensors.py). A checkpoint whose tensors it
 merges or splits (most mixtures of experts), a model of several stages and one with parts in float32 are
 loaded whole instead.
 """
@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrquant.architectures import family_of
-from lrquant.errors import LrquantError
 from lrquant.loading.auto_class import auto_model
 from lrquant.loading.block_source import BlockSource
 from lrquant.loading.pretrained import fetched_folder, load_config
+from lrquant.loading.source_tensors import Source, read_tensor, source_tensors
 from lrquant.loading.validation import weight_files
 from lrquant.runtime.memory import keep_large_apart
 
 LARGE = 1 << 30  # bytes of a model from which its steps need memory more than they need every last percent of speed
-Source = tuple[Path, str]  # a file, and a tensor's name in it
 
 
 class OffloadedBlocks(BlockSource):
@@ -80,12 +78,7 @@ class OffloadedBlocks(BlockSource):
 
     def _stored(self, name: str) -> Tensor:
         """The tensor `name` as transformers would load it, a copy of its own."""
-        file, key = self._sources[name]
-        try:
-            with safe_open(file, framework="pt") as content:
-                tensor: Tensor = content.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise LrquantError(f"{file}: this weight file is damaged ({error}); fetch it again") from error
+        tensor = read_tensor(self._sources[name])
         return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
@@ -105,15 +98,17 @@ def open_offloaded(
         keep_large_apart()
     model = _skeleton(config, folder, dtype, trust_remote_code)
     stages = family_of(model).stages(model, towers)
-    sources = _sources(model, weight_files(folder), name)
-    if len(stages) > 1 or sources is None or model._get_dtype_plan(dtype):
+    source = source_tensors(model, weight_files(folder), name)
+    if len(stages) > 1 or source.converted or model._get_dtype_plan(dtype):
         return None
+    model._weight_conversions = list(source.conversions)  # by which saving renames them back
+    sources = source.found
     block_source = OffloadedBlocks(model, sources, dtype)
     head = _untied_head(model)
     block_source.fill(
         [key for key in sources if not key.startswith(f"{stages[0].path}.") and key.rpartition(".")[0] != head]
     )
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     return model, block_source
 
 
@@ -138,37 +133,3 @@ def _untied_head(model: Any) -> str | None:
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _sources(model: Any, files: list[Path], name: str) -> dict[str, Source] | None:
-    """Where each tensor of `model` is; None where transformers would merge or split tensors."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    wanted = model.state_dict()
-    sources: dict[str, Source] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as content:
-            for key in content.keys():  # noqa: SIM118
-                target, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
-                if converted is not None:
-                    return None
-                if target not in wanted and key in wanted:
-                    target = key
-                if target not in wanted:
-                    continue
-                shape = tuple(content.get_slice(key).get_shape())
-                if shape != tuple(wanted[target].shape):
-                    raise LrquantError(
-                        f"{name}: cannot be loaded ({key} is {shape}, the configuration wants "
-                        f"{tuple(wanted[target].shape)})"
-                    )
-                sources[target] = (file, key)
-    missing = sorted(wanted.keys() - sources.keys() - set(getattr(model, "all_tied_weights_keys", None) or ()))
-    if missing:
-        raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
-    model._weight_conversions = [entry for entry in mapping if entry.was_used()]  # by which saving renames them back
-    return sources

@@ -10,6 +10,7 @@ import torch
 
 from lrquant.errors import LrquantError, UsageError
 from lrquant.loading.auto_class import Modality, auto_model
+from lrquant.loading.source_tensors import say_untied
 from lrquant.loading.validation import check_folder
 from lrquant.runtime import distributed
 from lrquant.zoo import ZOO_PREFIX, zoo_model_path
@@ -121,6 +122,7 @@ def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
+    say_untied(model)
     return model.eval()
 
 
