@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import lrquant
+from lrquant.report import figures
 from lrquant.report.findings import findings, hardest_block
 from lrquant.report.observer import Observer, choose_samples, mean_error
-from lrquant.report.page import write_report
-from lrquant.report.run import Block, Error, Errors, Run, load_run, read_run
+from lrquant.report.page import display_name, write_report
+from lrquant.report.run import Block, Error, Errors, Metric, Run, load_run, read_run
+from lrquant.report.style import between, canvas, drawing, to_svg
 from tests.cli.run import Done
 from tests.cli.run import lrquant as command
 from tests.tiny import SETTINGS, write_tiny
@@ -65,16 +67,16 @@ def test_the_page_is_one_file_that_fetches_and_runs_nothing(made: Path) -> None:
 def test_the_page_has_the_whole_story(made: Path) -> None:
     page = (made / "report.html").read_text()
     for title in (
-        "Error along the depth",
-        "What smoothing and learning bought",
+        "Error over depth",
+        "Gain of smoothing and learning",
         "Direction of the output",
-        "Loss while learning",
+        "Loss over epochs",
         "Sensitivity of single layers",
         "Outlier channels before and after smoothing",
-        "Learned scales against their start",
+        "Learned scales and their initial values",
         "and their clipped range",
         "input of",
-        "What quantization changed, window by window",
+        "Change of perplexity by window",
         "peak memory",
         "was the hardest",
         "Smoothing",
@@ -242,7 +244,7 @@ def test_adapting_leaves_a_report_of_its_own(tiny: Path, made: Path, tmp_path: P
     windows = run.metrics[0].windows_after
     assert len(windows) == len(run.metrics[0].windows_before) == 32
     page = (tmp_path / "adapted" / "report.html").read_text()
-    assert "What adaptation changed, window by window" in page
+    assert "Change of perplexity by window" in page
     assert re.search(r"Adaptation helped \d+ of 32 windows", page)
 
 
@@ -284,3 +286,31 @@ def test_few_samples_are_looked_at_and_one_at_least() -> None:
     assert choose_samples(stream(128, 256)) == [0, 42, 85, 127]
     assert choose_samples(stream(128, 2048)) == [0]
     assert choose_samples(stream(2, 8)) == [0, 1]
+
+
+def test_a_folder_is_shown_without_the_folders_above_it() -> None:
+    assert display_name("/home/somebody/models/small") == "small"
+    assert display_name("./here") == "here"
+    assert display_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert display_name("zoo:llama") == "zoo:llama"
+
+
+def test_a_long_text_is_drawn_in_parts(made: Path) -> None:
+    run = read_run(made)
+    values = [float(number) for number in range(226)]
+    metric = Metric(name="perplexity", before=1.0, after=1.0, windows_before=values, windows_after=values)
+    figure = figures.window_pairs(run.model_copy(update={"metrics": [metric]}))
+    assert figure is not None
+    points = [len(line.get_xdata()) for line in figure.axes[0].lines]
+    assert points == [figures.MOST_BINS, figures.MOST_BINS]
+
+
+def test_lines_of_many_blocks_take_the_page_s_colours() -> None:
+    """A colour of its own would be invisible in dark mode."""
+    with drawing():
+        figure, axes = canvas(1.0)
+        for share in (0.0, 0.5, 1.0):
+            axes.plot([0, 1], color=between(share))
+        svg = to_svg(figure, "lines", "lines")
+    assert "#1200" not in svg
+    assert svg.count("color-mix(in srgb, var(--final)") >= 3

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lrquant.report.findings import hardest_block, stands_out
 from lrquant.report.run import Block, Error, Run
-from lrquant.report.style import FINAL, GRID, INHERITED, MUTED, PLAIN, START, WARN, canvas, plain_log_ticks
+from lrquant.report.style import FINAL, GRID, INHERITED, MUTED, PLAIN, START, WARN, between, canvas, plain_log_ticks
 
 Measurements = Mapping[str, Tensor]
 MOST_LAYERS = 24  # of the sensitivity figure
 MOST_LINES = 16  # more blocks than this share colours rather than labels
+MOST_BINS = 40  # parts of a text whose mean is a point
 
 
 def _blocks(run: Run, kind: str) -> tuple[list[int], list[Error]]:
@@ -45,8 +46,8 @@ def depth(run: Run) -> Figure | None:
         return None
     figure, axes = canvas(2.9)
     for kind, label, colour, style in (
-        ("end", "so far: quantized stream against the original's", FINAL, "o-"),
-        ("inherited", "of which inherited from earlier blocks", INHERITED, "s--"),
+        ("end", "quantized against full-precision hidden states", FINAL, "o-"),
+        ("inherited", "inherited from earlier blocks", INHERITED, "s--"),
         ("own", "the block by itself", START, "^-"),
     ):
         indices, errors = _blocks(run, kind)
@@ -71,14 +72,14 @@ def steps(run: Run) -> Figure | None:
     axes.axhline(1, color=PLAIN, linewidth=1.4, label="plain rounding")
     shown = [
         ("smoothing alone", START, "s", smoothed),
-        ("as the run left it", FINAL, "o", dict(zip(*_blocks(run, "end"), strict=True))),
+        ("as quantized", FINAL, "o", dict(zip(*_blocks(run, "end"), strict=True))),
     ]
     for label, colour, marker, errors in shown:
         known = [(index, error.relative / reference[index]) for index, error in errors.items() if reference.get(index)]
         if known:
             axes.plot(*zip(*known, strict=True), marker + "-", color=colour, label=label)
     _block_axis(axes, run)
-    axes.set_ylabel("error against plain rounding's")
+    axes.set_ylabel("error / error of plain rounding")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     return figure
@@ -110,20 +111,20 @@ def losses(run: Run) -> Figure | None:
     if not learned:
         return None
     figure, axes = canvas(3.0)
-    colours = colormaps["viridis"](np.linspace(0.15, 0.85, len(learned)))
-    for block, colour in zip(learned, colours, strict=True):
+    for place, block in enumerate(learned):
+        colour = between(place / max(1, len(learned) - 1))
         assert block.initial_loss
         values = [1.0, *(loss / block.initial_loss for loss in block.epoch_losses)]
         odd = bool(stands_out(block))
         label = f"block {block.index}" if odd or len(learned) <= MOST_LINES else None
         axes.plot(range(len(values)), values, "o-", color=WARN if odd else colour, label=label, markersize=3)
     if len(learned) > MOST_LINES:
-        axes.set_title("colour: from the first block (dark) to the last (light)")
+        axes.set_title("colour: from the first block (yellow) to the last (blue)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("loss over initial loss")
+    axes.set_ylabel("loss / initial loss")
     return figure
 
 
@@ -140,7 +141,7 @@ def sensitivity(run: Run) -> Figure | None:
     if final:
         ends = [entry.final for _, entry in shown]
         axes.hlines(rows, [entry.plain for _, entry in shown], ends, color=GRID, linewidth=3)
-        axes.plot(ends, rows, "o", color=FINAL, label="as the run left it")
+        axes.plot(ends, rows, "o", color=FINAL, label="as quantized")
     axes.plot([entry.plain for _, entry in shown], rows, "s", color=PLAIN, label="plain rounding")
     axes.set_yticks(list(rows), [name for name, _ in shown], fontsize=7.5)
     axes.set_ylim(-0.7, len(shown) - 0.3)
@@ -169,9 +170,9 @@ def outliers(run: Run) -> Figure | None:
     axes.set_xlim(lowest, highest)
     axes.set_ylim(lowest, highest)
     plain_log_ticks(axes, "both")
-    axes.set_xlabel("largest channel over median channel, before smoothing")
+    axes.set_xlabel("largest channel / median channel, before smoothing")
     axes.set_ylabel("after smoothing")
-    axes.set_title("below the line: smoothing flattened this input")
+    axes.set_title("below the line, smoothing flattened the input")
     return figure
 
 
@@ -217,6 +218,7 @@ def activations(block: Block, layer: str, measurements: Measurements) -> Figure:
         axes[place].grid(False)
     bar = figure.colorbar(image, ax=axes[: panels - 1], pad=0.01, aspect=30)
     bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label("magnitude")
     for curve, label, colour in zip(curves, ("before", "after"), (PLAIN, FINAL), strict=True):
         if curve is not None:
             axes[-1].semilogy(
@@ -262,7 +264,7 @@ def weights(block: Block, measurements: Measurements) -> Figure | None:
         panel.minorticks_off()
     for panel in flat[len(shown) :]:
         panel.set_visible(False)
-    figure.supxlabel("weight over the largest of its group", fontsize=9)
+    figure.supxlabel("weight / largest magnitude of its group", fontsize=9)
     return figure
 
 
@@ -283,7 +285,7 @@ def scales(run: Run, measurements: Measurements) -> Figure | None:
                 continue
             start = measurements[key].float().numpy()
             end = measurements[key.replace("scale_start", "scale_end")].float().numpy()
-            colour = colormaps["viridis"](0.15 + 0.7 * int(block) / max(last, 1))
+            colour = colormaps["viridis"](0.35 + 0.4 * int(block) / max(last, 1))  # seen on white and on black
             panel.loglog(start, end, ".", color=colour, markersize=2, alpha=0.6, rasterized=True)
         low, high = min(panel.get_xlim()[0], panel.get_ylim()[0]), max(panel.get_xlim()[1], panel.get_ylim()[1])
         panel.plot([low, high], [low, high], color=MUTED, linewidth=0.8)
@@ -293,8 +295,8 @@ def scales(run: Run, measurements: Measurements) -> Figure | None:
         plain_log_ticks(panel, "both")
     for panel in flat[len(kinds) :]:
         panel.set_visible(False)
-    figure.supxlabel("scale at the start", fontsize=9)
-    figure.supylabel("scale as learned", fontsize=9)
+    figure.supxlabel("initial scale", fontsize=9)
+    figure.supylabel("learned scale", fontsize=9)
     return figure
 
 
@@ -303,7 +305,7 @@ def _short(name: str) -> str:
 
 
 def windows(run: Run) -> Figure | None:
-    """What adaptation changed for each window of text, sorted."""
+    """Change of perplexity of each window of text, sorted."""
     metric = next((metric for metric in run.metrics if metric.windows_before and metric.windows_after), None)
     if metric is None:
         return None
@@ -314,14 +316,14 @@ def windows(run: Run) -> Figure | None:
     axes.bar(range(len(changes)), changes, width=1.0, color=[FINAL if value < 0 else WARN for value in changes])
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("windows of text, the most helped first")
+    axes.set_xlabel("windows, in order of the change")
     axes.set_ylabel("change of perplexity")
     axes.set_title(metric.name)
     return figure
 
 
 def window_pairs(run: Run) -> Figure | None:
-    """Perplexity of each window of text, before and after, in the text's order."""
+    """Perplexity before and after over the text; of many windows, the mean of each of `MOST_BINS` parts."""
     metric = next((metric for metric in run.metrics if metric.windows_before and metric.windows_after), None)
     if metric is None:
         return None
@@ -330,9 +332,14 @@ def window_pairs(run: Run) -> Figure | None:
         (metric.windows_before, "before", PLAIN, "s-"),
         (metric.windows_after, "after", FINAL, "o-"),
     ):
-        axes.semilogy(np.exp(values), style, color=colour, label=label, markersize=2.5, linewidth=0.9)
+        parts = np.array_split(np.asarray(values), min(len(values), MOST_BINS))
+        ends = np.cumsum([len(part) for part in parts])
+        means = [np.exp(part.mean()) for part in parts]
+        axes.semilogy(ends, means, style, color=colour, label=label, markersize=2.5, linewidth=0.9)
     plain_log_ticks(axes)
-    axes.set_xlabel("window of text")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    binned = len(metric.windows_after) > MOST_BINS
+    axes.set_xlabel(f"window of text{f' (mean of {MOST_BINS} parts)' if binned else ''}")
     axes.set_ylabel("perplexity")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure

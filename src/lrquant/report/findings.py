@@ -41,15 +41,15 @@ def stands_out(block: Block) -> str:
     """Why a reader should look at this block; empty when there is nothing."""
     reasons = {
         "kept initial": "learning did not help; initial transformation kept",
-        "kept present": "adapting did not help; left as it was",
-        "best epoch": "set back to its best epoch",
-        "not relearned": "left as it was in the checkpoint",
+        "kept present": "adaptation did not help; unchanged",
+        "best epoch": "the best epoch's state was kept",
+        "not relearned": "unchanged from the checkpoint",
     }
     told = [reasons[block.outcome]] if block.outcome in reasons else []
     if block.recoveries:
-        told.append(f"met a non-finite loss {block.recoveries}×, set back")
+        told.append(f"non-finite loss, recovered {block.recoveries}×")
     if block.restored:
-        told.append("restored from an interrupted run, not looked into again")
+        told.append("restored from an interrupted run; not measured again")
     return "; ".join(told)
 
 
@@ -91,7 +91,7 @@ def _adapted(run: Run) -> Finding | None:
     better = sum(after < before for before, after in pairs)
     return Finding(
         f"Adaptation helped {better} of {len(pairs)} windows of text",
-        "A window counts as helped when the adapted model finds its text more likely than the checkpoint did.",
+        "A window counts when the adapted model finds its text more likely than the checkpoint did.",
         "good" if 2 * better > len(pairs) else "plain",
     )
 
@@ -104,8 +104,8 @@ def _hardest(run: Run) -> Finding | None:
     easiest = min(known, key=lambda block: own_error(block) or 0.0)
     return Finding(
         f"Block {hardest.index} was the hardest",
-        f"Given the original's own input, its quantized version answers {own_error(hardest) or 0:.1%} off the "
-        f"original's output; the easiest, block {easiest.index}, {own_error(easiest) or 0:.1%}.",
+        f"On the full-precision input, the output of the quantized block has a relative error of "
+        f"{own_error(hardest) or 0:.1%}. The easiest is block {easiest.index}, with {own_error(easiest) or 0:.1%}.",
     )
 
 
@@ -116,7 +116,7 @@ def _smoothing(run: Run) -> Finding | None:
         if block.errors and block.errors.plain and block.errors.smoothed
     }
     if not pairs:
-        return Finding("No smoothing in this run", "Channels keep their sizes.") if run.kind == "quantize" else None
+        return Finding("No smoothing in this run", "Channels keep their scale.") if run.kind == "quantize" else None
     changes = {index: after / before - 1 for index, (before, after) in pairs.items() if before}
     helped = sum(value < 0 for value in changes.values())
     middle = median(changes.values())
@@ -130,15 +130,16 @@ def _smoothing(run: Run) -> Finding | None:
     ]
     outliers = ""
     if ratios:
-        strongest = max(ratios)
+        before, after = max(ratios)
+        effect = "and" if after < (1 - LEVEL) * before else "and still"
         outliers = (
-            f" The strongest outlier channel was {strongest[0]:.1f} times the median channel before smoothing and "
-            f"{strongest[1]:.1f} times after."
+            f" The strongest outlier channel was {before:.1f} times the median channel before smoothing {effect} "
+            f"{after:.1f} times after it."
         )
     return Finding(
         f"Smoothing {verdict}",
-        f"Alone, without clipping, it lowers the output error of {helped} of {len(changes)} blocks against plain "
-        f"rounding; the median change is {middle:+.1%}, the best {changes[best]:+.1%} (block {best}).{outliers}",
+        f"Smoothing alone lowers the output error of {helped} of {len(changes)} blocks compared with plain rounding. "
+        f"The median change is {middle:+.1%}; the best is {changes[best]:+.1%} (block {best}).{outliers}",
         "good" if verdict == "helped" else "bad" if verdict == "hurt" else "plain",
     )
 
@@ -155,8 +156,7 @@ def _learning(run: Run) -> Finding | None:
     helped, middle = sum(value < 0 for value in changes.values()), median(changes.values())
     return Finding(
         f"Learning {'helped' if middle < -LEVEL else 'hurt' if middle > LEVEL else 'made little difference'}",
-        f"It lowers the output error of {helped} of {len(changes)} blocks from where they started; "
-        f"the median change is {middle:+.1%}.",
+        f"Learning lowers the output error of {helped} of {len(changes)} blocks. The median change is {middle:+.1%}.",
         "good" if middle < -LEVEL else "plain",
     )
 
@@ -168,8 +168,8 @@ def _layer(run: Run) -> Finding | None:
     entry, block = max(layers, key=lambda pair: _left(pair[0].plain, pair[0].final))
     return Finding(
         f"The most sensitive layer is {entry.layer} of block {block.index}",
-        f"Quantizing it alone moves its block's output by {_left(entry.plain, entry.final):.1%} "
-        f"({entry.plain:.1%} with plain rounding).",
+        f"When only this layer is quantized, its block's output has an error of "
+        f"{_left(entry.plain, entry.final):.1%} ({entry.plain:.1%} with plain rounding).",
     )
 
 
@@ -183,9 +183,9 @@ def _depth(run: Run) -> Finding | None:
         return None
     last = ends[-1].errors.end
     return Finding(
-        f"After the last block, outputs are {last.relative:.1%} off",
-        f"Errors add up along the depth: the cosine between the quantized and the original hidden states is "
-        f"{last.cosine:.4f} there (1 is the same direction).",
+        f"After the last block the relative error is {last.relative:.1%}",
+        f"Errors add up over depth. The cosine similarity of the quantized and the full-precision hidden states is "
+        f"{last.cosine:.4f} there; 1 means the same direction.",
     )
 
 

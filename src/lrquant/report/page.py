@@ -48,14 +48,14 @@ def write_comparison(directories: Sequence[Path], output: Path) -> Path:
             for kind, title, caption in (
                 (
                     "end",
-                    "Error along the depth",
-                    "How far each run's hidden states are from the original's after each block.",
+                    "Error over depth",
+                    "Relative error of each run's hidden states after each block.",
                 ),
-                ("own", "What each block adds by itself", "Each quantized block on the original's own input."),
+                ("own", "Error of each block by itself", "Each quantized block on the full-precision input."),
                 (
                     "plain",
-                    "Plain rounding of the same blocks",
-                    "Without smoothing, clipping or learning: the starting point.",
+                    "Error of plain rounding",
+                    "The same blocks without smoothing, clipping or learning.",
                 ),
             )
         ]
@@ -99,8 +99,16 @@ def _environment() -> Environment:
         "megabytes": lambda count: f"{count / 1e6:.1f} MB",
         "duration": _duration,
     }
-    environment.globals |= {"change": change, "own_error": own_error, "stands_out": stands_out}
+    functions = (display_name, change, own_error, stands_out)
+    environment.globals |= {function.__name__: function for function in functions}
     return environment
+
+
+def display_name(model: str) -> str:
+    """A model's name for people: a folder without the folders above it, a name on the hub as it is."""
+    parts = [part for part in model.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    is_path = model.startswith(("/", ".", "~")) or "\\" in model or len(parts) > 2
+    return parts[-1] if is_path and parts else model
 
 
 def _percent(value: float | None) -> str:
@@ -117,7 +125,8 @@ def _duration(seconds: float) -> str:
 
 def _page(run: Run, measurements: figures.Measurements) -> dict[str, Any]:
     return {
-        "title": f"{run.model} in {run.format}, {run.method}",
+        "name": display_name(run.model),
+        "title": f"{display_name(run.model)} in {run.format}, {run.method}",
         "run": run,
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False),
         "findings": findings(run),
@@ -138,35 +147,35 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
             _drawn(
                 "windows",
                 figures.windows(run),
-                f"What {'adaptation' if run.kind == 'adapt' else 'quantization'} changed, window by window",
-                "A bar is one window of text; below zero the model finds its text more likely than before.",
+                "Change of perplexity by window",
+                "Each bar is one window of the evaluation text. Below zero, the new model finds the text more likely.",
             ),
-            _drawn("pairs", figures.window_pairs(run), "Before and after, in the text's order", "Lower is better."),
+            _drawn("pairs", figures.window_pairs(run), "Perplexity over the text", "Lower is better."),
         ]
         blocks = [
             _drawn(
                 "depth",
                 figures.depth(run),
-                "Error along the depth",
+                "Error over depth",
                 "Mean over tokens of |ŷ − y| / |y|, ŷ the quantized model's hidden states, y the original's.",
             ),
             _drawn(
                 "steps",
                 figures.steps(run),
-                "What smoothing and learning bought",
-                "Below 100 %: better than rounding every number to its nearest. All on the same input.",
+                "Gain of smoothing and learning",
+                "Below 100 %, the block is closer to the original than with plain rounding, on the same input.",
             ),
             _drawn(
                 "cosine",
                 figures.cosine(run),
                 "Direction of the output",
-                "Lower is closer. A norm reads a hidden state by its direction.",
+                "Lower is closer. The next block's norm keeps only the direction of a hidden state.",
             ),
             _drawn(
                 "losses",
                 figures.losses(run),
-                "Loss while learning",
-                "Falling lines: learning helps. Blocks that were set back are in the warning colour.",
+                "Loss over epochs",
+                "Falling lines mean that learning helps. Blocks that need a look are in the warning colour.",
             ),
         ]
         layers = [
@@ -174,7 +183,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                 "sensitivity",
                 figures.sensitivity(run),
                 "Sensitivity of single layers",
-                "The block's output error when this layer alone, its weight and its input, is quantized.",
+                "The block's output error when only this layer's weight and input are quantized.",
             ),
         ]
         inside = [
@@ -182,7 +191,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                 "outliers",
                 figures.outliers(run),
                 "Outlier channels before and after smoothing",
-                "One point per input of a linear. A ratio of 1 would mean that all channels are equally large.",
+                "One point per input of a linear. At a ratio of 1 all channels would be equally large.",
             )
         ]
         chosen = figures.chosen_blocks(run)
@@ -194,15 +203,15 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                         f"map{block.index}",
                         figures.activations(block, layer, measurements),
                         f"Block {block.index}, input of {layer}",
-                        "Bright vertical lines are outlier channels: they coarsen the grid for every other channel.",
+                        "Bright vertical lines are outlier channels: they make the grid coarser for all others.",
                     )
                 )
         inside.append(
             _drawn(
                 "scales",
                 figures.scales(run, measurements),
-                "Learned scales against their start",
-                "A point is a channel; on the line it did not move. Dark: first block, light: last.",
+                "Learned scales and their initial values",
+                "A point is a channel; on the diagonal its scale did not change. Dark: first blocks; light: last.",
             )
         )
         for block in chosen[:2]:
@@ -211,7 +220,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                     f"weights{block.index}",
                     figures.weights(block, measurements),
                     f"Weights of block {block.index} and their clipped range",
-                    "Logarithmic histograms. Lines: mean ends of the range that the grid covers; bands: most groups.",
+                    "Logarithmic histograms. Lines: mean ends of the grid's range. Bands: the ends of most groups.",
                 )
             )
     return [
@@ -220,13 +229,13 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
             ("Results", "", results),
             (
                 "Block by block",
-                "A transformer is a stack of blocks; each is quantized after the ones before it.",
+                "A transformer is a stack of blocks. Each block is quantized after the blocks before it.",
                 blocks,
             ),
             ("Layers", "", layers),
             (
                 "Inside",
-                "Shown for a few blocks: the hardest, the one with the strongest outliers, the first or a middle one.",
+                "A few blocks: the hardest, the one with the strongest outliers, and the first or a middle one.",
                 inside,
             ),
         )

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 PLAIN, START, FINAL, INHERITED, WARN = "#110001", "#110002", "#110003", "#110004", "#110005"
@@ -28,6 +30,7 @@ VARIABLES = {
     INHERITED: "var(--inherited)",
     WARN: "var(--warn)",
 }
+_BETWEEN = "#1200"  # and two digits: the share, in percent, of FINAL in a mixture with START
 WIDTH = 5.2  # inches; at the width of a phone the text keeps nearly its size
 
 _SETTINGS: dict[str, Any] = {
@@ -61,6 +64,11 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
+def between(share: float) -> str:
+    """The stand-in of a colour on the way from START (0) to FINAL (1)."""
+    return f"{_BETWEEN}{round(99 * share):02d}"
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Within, figures are drawn in the report's style."""
@@ -76,12 +84,13 @@ def canvas(height: float, rows: int = 1, columns: int = 1, **how: Any) -> tuple[
 
 def plain_log_ticks(axes: Axes, which: str = "y") -> None:
     """Numbers such as 0.02 on a logarithmic axis, few enough to be read."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     for axis in (axes.xaxis, axes.yaxis) if which == "both" else (getattr(axes, f"{which}axis"),):
         low, high = sorted(axis.get_view_interval())
-        narrow = low > 0 and high / low < 30
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+        ratio = high / low if low > 0 else np.inf
+        if ratio < 4:  # too few powers of ten, and of their multiples
+            axis.set_major_locator(MaxNLocator(4))
+        else:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if ratio < 30 else (1.0,)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -101,5 +110,7 @@ def to_svg(figure: Figure, name: str, description: str, colours: Mapping[str, st
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     for stand_in, colour in colours.items():
         svg = svg.replace(stand_in, colour)
+    final, start = colours.get(FINAL, FINAL), colours.get(START, START)
+    svg = re.sub(rf"{_BETWEEN}(\d\d)", rf"color-mix(in srgb, {final} \1%, {start})", svg)
     label = description.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
