@@ -28,7 +28,7 @@ from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.calibration import capture
 from lrquant.calibration.activation_cache import ActivationStore
-from lrquant.formats import Factors, Grid, kernels
+from lrquant.formats import Factors, NumberFormat, kernels
 from lrquant.formats import activation_quant as activations
 from lrquant.formats.activation_quant import quantized_activations, route_attention
 from lrquant.losses import terms
@@ -57,9 +57,11 @@ def plain_activation(x: Tensor, args: Any, *_: Any) -> Tensor:
     return reference.fake_quantize_weight(x, args.num_bits, args.symmetric, None, scale_dtype=x.dtype)
 
 
-def plain_weight(weight: Tensor, grid: Grid, factors: Factors, scale_dtype: torch.dtype, *_: Any, **__: Any) -> Tensor:
+def plain_weight(
+    weight: Tensor, format: NumberFormat, factors: Factors, scale_dtype: torch.dtype, *_: Any, **__: Any
+) -> Tensor:
     return reference.fake_quantize_weight(
-        weight, grid.bits, grid.symmetric, grid.group_size, *factors, scale_dtype=scale_dtype
+        weight, format.bits, format.symmetric, format.group_size, *factors, scale_dtype=scale_dtype
     )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from lrquant.formats import Factors, Grid, fake_quantize_weight
+from lrquant.formats import Factors, fake_quantize_weight
+from lrquant.formats.integers import integers
 from lrquant.report.style import FINAL, GRID, INHERITED, INK, MUTED, PLAIN, START, WARN, canvas, drawing, to_svg
 from lrquant.transforms.smoothing import log_scale, smoothquant_scale
 
@@ -31,7 +32,7 @@ COLOURS = {  # that can be read on white and on black: a picture in a page does 
 def rounded(values: torch.Tensor, bits: int, clip: float = 1.0) -> torch.Tensor:
     """One row of `values` rounded to its grid, whose range is `clip` times the row's."""
     factor = torch.full((1, 1, 1), clip)
-    return fake_quantize_weight(values[None], Grid(bits), Factors(clip_low=factor, clip_high=factor))[0]
+    return fake_quantize_weight(values[None], integers(bits), Factors(clip_low=factor, clip_high=factor))[0]
 
 
 def outlier() -> Figure:

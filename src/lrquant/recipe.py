@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lrquant.errors import UsageError
-from lrquant.formats.presets import FORMATS
-from lrquant.formats.qparams import Numbers
-from lrquant.formats.schemes import BITS, HIGH_PRECISION_BITS, Scheme
+from lrquant.formats import NamedFormat, Scheme
+from lrquant.formats.integers import BITS
+from lrquant.formats.presets import FORMATS, HIGH_PRECISION_BITS, TABLE, row_of
 
 RECIPE_FILE = "recipe.yaml"  # beside every result
 _MAX_YAML_BYTES = 1 << 20
@@ -41,7 +41,8 @@ class Recipe(BaseModel):
     )
 
     # The number format.
-    numbers: Numbers = Field("int", description="Integers, or four-bit floats in NVFP4's or MXFP4's groups")
+    numbers: str = Field("int", description="Integers (int), or another row of the table of number formats, by name")
+    input_numbers: str | None = Field(None, description="Numbers of activations; none: those of the weights")
     wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
     abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
     group_size: int | None = Field(None, ge=1, description="Input channels that share a scale; none: a whole row")
@@ -120,6 +121,13 @@ class Recipe(BaseModel):
     def _yaml_reads_on_as_true(cls, shift: Any) -> Any:
         return {True: "on", False: "off"}.get(shift, shift) if isinstance(shift, bool) else shift
 
+    @field_validator("numbers", "input_numbers")
+    @classmethod
+    def _known_numbers(cls, name: str | None) -> str | None:
+        if name is not None and name not in TABLE:
+            raise ValueError(f"there are {', '.join(TABLE)}")
+        return name
+
     @field_validator("wbits", "abits")
     @classmethod
     def _known_bits(cls, bits: int) -> int:
@@ -131,12 +139,9 @@ class Recipe(BaseModel):
     def _something_to_do(self) -> "Recipe":
         if self.wbits == self.abits == HIGH_PRECISION_BITS:
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
-        if self.numbers != "int":
-            self._check_floats()
-        if self.target_bits is not None and (self.numbers != "int" or self.wbits == HIGH_PRECISION_BITS):
-            raise ValueError(
-                "target_bits spreads bits over integers: not with four-bit floats, nor with 16-bit weights"
-            )
+        self._check_numbers()
+        if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
+            raise ValueError("target_bits spreads bits over integers: not with floats, nor with 16-bit weights")
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
         if odd:
             raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
@@ -144,29 +149,42 @@ class Recipe(BaseModel):
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self
 
-    def _check_floats(self) -> None:
-        name = self.numbers.upper()
-        if self.wbits != 4 or self.abits not in (4, HIGH_PRECISION_BITS):
-            raise ValueError(f"{name} has 4 bits a weight, and 4 or 16 an activation: not W{self.wbits}A{self.abits}")
-        if self.group_size is not None:
-            raise ValueError(f"{name} has groups of its own size; leave the group size out")
-        if self.quantize_attention:
-            raise ValueError(f"{name} leaves queries, keys and values alone: set quantize_attention to false")
-        if self.rotation and self.rotation_rank == 1 and self.numbers == "mxfp4":
-            raise ValueError("MXFP4's scales are powers of two, which hold no rotation; switch rotation off")
+    def _check_numbers(self) -> None:
+        weights, inputs = self._weights, self._inputs
+        bits = weights.weights.bits, inputs.inputs.bits
+        if inputs is not weights and not (weights.chooses and inputs.beside_integers):
+            raise ValueError(f"no runtime takes {inputs.title} activations with {weights.title} weights")
+        if not weights.chooses and (self.wbits != bits[0] or self.abits not in (bits[1], HIGH_PRECISION_BITS)):
+            raise ValueError(
+                f"{weights.title} has {bits[0]} bits a weight, and {bits[1]} or 16 an activation: "
+                f"not W{self.wbits}A{self.abits}"
+            )
+        if not inputs.chooses and self.abits not in (bits[1], HIGH_PRECISION_BITS):
+            raise ValueError(f"{inputs.title} has {bits[1]} bits an activation: not {self.abits}")
+        if not weights.chooses and self.group_size is not None:
+            raise ValueError(f"{weights.title} has groups of its own size; leave the group size out")
+        if not inputs.chooses and self.quantize_attention:
+            raise ValueError(f"{inputs.title} leaves queries, keys and values alone: set quantize_attention to false")
+        gain = self.rotation and self.rotation_rank == 1
+        if gain and not weights.chooses and not weights.weights.takes_gain:
+            raise ValueError(f"{weights.title}'s scales cannot hold a rotation; switch rotation off")
+
+    @property
+    def _weights(self) -> NamedFormat:
+        return row_of(self.numbers)
+
+    @property
+    def _inputs(self) -> NamedFormat:
+        return row_of(self.input_numbers or self.numbers)
 
     @property
     def scheme(self) -> Scheme:
-        if self.numbers != "int":
-            return Scheme.floating(self.numbers, self.abits)
-        scheme = Scheme.integer(
-            self.wbits,
-            self.abits,
-            self.group_size,
-            self.symmetric,
-            self.activations_symmetric,
-            self.quantize_attention,
-        )
+        weights = inputs = None
+        if self.wbits != HIGH_PRECISION_BITS:
+            weights = self._weights.for_weights(self.wbits, self.group_size, self.symmetric)
+        if self.abits != HIGH_PRECISION_BITS:
+            inputs = self._inputs.for_inputs(self.abits, self.activations_symmetric)
+        scheme = Scheme.of_formats(weights, inputs, self.quantize_attention)
         return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property
@@ -182,10 +200,11 @@ class Recipe(BaseModel):
     @property
     def format_name(self) -> str:
         """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`, `W3.5A16` on average."""
-        if self.numbers != "int":
-            return self.numbers.upper() + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
+        if not self._weights.chooses:
+            return self._weights.title + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
         wbits = self.wbits if self.target_bits is None else f"{self.target_bits:g}"
-        return f"W{wbits}A{self.abits}" + (f" g{self.group_size}" if self.group_size else "")
+        inputs = "" if self._inputs.chooses else f"-{self._inputs.title}"
+        return f"W{wbits}A{self.abits}{inputs}" + (f" g{self.group_size}" if self.group_size else "")
 
     @property
     def learns(self) -> bool:
@@ -265,7 +284,7 @@ def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in FORMATS[name].items():
         if chosen.get(key, value) != value:
             raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave one of the two out")
-    return FLOATS.get(FORMATS[name].get("numbers", "int"), {}) | FORMATS[name] | chosen
+    return _format_defaults(FORMATS[name]) | FORMATS[name] | chosen
 
 
 def _shown(value: Any) -> str:
@@ -321,10 +340,11 @@ PAPER_EXACT: dict[str, dict[str, Any]] = {
 
 def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False) -> dict[str, Any]:
     """What the preset `method` is for the number format in `chosen`, values that nobody checked yet."""
-    bits, numbers = chosen.get("abits", Recipe.model_fields["abits"].default), chosen.get("numbers", "int")
+    bits, row = chosen.get("abits", Recipe.model_fields["abits"].default), _row(chosen.get("numbers"))
     weights = chosen.get("target_bits") or chosen.get("wbits")
-    coarse = numbers != "int" or (isinstance(weights, int | float) and weights < FINE_WEIGHT_BITS)
-    few_activation_bits = numbers == "int" and bits in range(2, FEW_ACTIVATION_BITS + 1)
+    few = isinstance(weights, int | float) and weights < FINE_WEIGHT_BITS
+    coarse = few if row.chooses else row.weights.bits <= FINE_WEIGHT_BITS
+    few_activation_bits = row.chooses and bits in range(2, FEW_ACTIVATION_BITS + 1)
     values = dict(PRESETS[method])
     if bits == HIGH_PRECISION_BITS:
         values |= WEIGHT_ONLY.get(method, {})
@@ -334,7 +354,22 @@ def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False)
         values |= COARSE_WEIGHTS.get(method, {})
     if paper_exact:
         values |= _paper_exact(method, chosen)
-    return values | (FLOATS.get(numbers, {}) if isinstance(numbers, str) else {})
+    return values | _format_defaults(chosen)
+
+
+def _row(name: Any) -> NamedFormat:
+    """The row called `name`, a value that nobody checked yet; integers' in place of none or an unknown one."""
+    default = TABLE[Recipe.model_fields["numbers"].default]
+    return TABLE.get(name, default) if isinstance(name, str) else default
+
+
+def _format_defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What every preset changes for the number formats in `chosen`."""
+    weights, inputs = _row(chosen.get("numbers")), _row(chosen.get("input_numbers") or chosen.get("numbers"))
+    values = {} if inputs.chooses else {"quantize_attention": False}  # no attention has them
+    if not weights.chooses and not weights.weights.takes_gain:
+        values["rotation"] = False
+    return values | dict(weights.defaults)
 
 
 def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -343,12 +378,6 @@ def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"paper_exact is for {', '.join(PAPER_EXACT)}: {method} learns nothing")
     return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
 
-
-# What every preset changes for four-bit floats: no attention has them, and powers of two hold no rotation.
-FLOATS: dict[str, dict[str, Any]] = {
-    "nvfp4": {"quantize_attention": False},
-    "mxfp4": {"quantize_attention": False, "rotation": False},
-}
 
 # What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published; beside
 # learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.formats import activation_quant as activations
-from lrquant.formats import fake_quantize
+from lrquant.formats import fake_quantize, format_of
 from lrquant.formats.activation_quant import quantized_activations, route_attention
 from lrquant.formats.schemes import activation_args
 from tests.models import MODELS, build, token_ids
@@ -39,7 +39,7 @@ def test_linears_see_rounded_inputs_within_and_their_own_afterwards() -> None:
             within = model(ids).logits
             watch.remove()
         after = model(ids).logits
-    torch.testing.assert_close(seen[2], fake_quantize(seen[1], ARGS), rtol=0, atol=0)
+    torch.testing.assert_close(seen[2], fake_quantize(seen[1], format_of(ARGS)), rtol=0, atol=0)
     assert not torch.equal(within, before)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
@@ -63,7 +63,7 @@ def test_queries_keys_and_values_are_rounded_per_token_and_head(name: str, monke
         model(ids)
     inside, outside = seen
     for raw, rounded in zip(inside[:3], inside[3:], strict=True):
-        torch.testing.assert_close(rounded, fake_quantize(raw, ARGS), rtol=0, atol=0)
+        torch.testing.assert_close(rounded, fake_quantize(raw, format_of(ARGS)), rtol=0, atol=0)
         assert len(rounded[0, 0, 0].unique()) <= 16  # a token of one head has 4 bits
     for raw, untouched in zip(outside[:3], outside[3:], strict=True):
         assert untouched is raw

@@ -15,8 +15,9 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 
 from lrquant import formats
-from lrquant.formats import Factors, Grid, fake_quantize, kernels
+from lrquant.formats import Factors, NumberFormat, format_of, kernels
 from lrquant.formats.fake_quant import QuantizedWeight
+from lrquant.formats.integers import integers
 from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR
 from lrquant.formats.schemes import activation_args, per_token_for_flat_inputs, weight_args
 from tests import reference
@@ -26,15 +27,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def fake_quantize_weight(
-    weight: Tensor, grid: Grid, scale_dtype: torch.dtype | None = None, **factors: Tensor | None
+    weight: Tensor, format: NumberFormat, scale_dtype: torch.dtype | None = None, **factors: Tensor | None
 ) -> Tensor:
-    return formats.fake_quantize_weight(weight, grid, Factors(**factors), scale_dtype)
+    return formats.fake_quantize_weight(weight, format, Factors(**factors), scale_dtype)
 
 
 def quantize_weight(
-    weight: Tensor, grid: Grid, scale_dtype: torch.dtype | None = None, **factors: Tensor | None
+    weight: Tensor, format: NumberFormat, scale_dtype: torch.dtype | None = None, **factors: Tensor | None
 ) -> QuantizedWeight:
-    return formats.quantize_weight(weight, grid, Factors(**factors), scale_dtype)
+    return formats.quantize_weight(weight, format, Factors(**factors), scale_dtype)
+
+
+def fake_quantize(x: Tensor, args: QuantizationArgs) -> Tensor:
+    return formats.fake_quantize(x, format_of(args))
 
 
 def same_bits(one: Tensor, other: Tensor) -> None:
@@ -85,7 +90,7 @@ def weights_to_quantize(draw: Any) -> tuple[QuantizationArgs, dict[str, Any]]:
     args = weight_args(draw(st.sampled_from(BITS)), group, draw(st.booleans()))
     return args, {
         "weight": weight,
-        "grid": Grid.of(args),
+        "format": format_of(args),
         "row": perhaps((rows,), 0.3, 3),
         "column": perhaps((width,), 0.3, 3),
         "clip_low": perhaps((rows, groups, 1), 0.3, 1),
@@ -110,7 +115,7 @@ def test_integers_are_what_compressed_tensors_makes_of_scales_and_zero_points(
     ours = quantize_weight(**arguments)
     weight = transformed(arguments["weight"], arguments["row"], arguments["column"])
     theirs = their_quantize(weight, ours.scale, ours.zero, args, dtype=torch.int8)
-    same_bits(ours.integers, theirs)
+    same_bits(ours.codes, theirs)
     dequantized = their_fake_quantize(weight, ours.scale, ours.zero, args)
     same_bits(fake_quantize_weight(**arguments), dequantized)
     same_bits(ours.dequantized(), dequantized)
@@ -143,8 +148,8 @@ def test_a_stored_scale_loses_nothing(case: tuple[QuantizationArgs, dict[str, An
 def test_integers_survive_packing(case: tuple[QuantizationArgs, dict[str, Any]]) -> None:
     args, arguments = case
     stored = quantize_weight(**arguments)
-    packed = pack_to_int32(stored.integers, args.num_bits)
-    same_bits(unpack_from_int32(packed, args.num_bits, stored.integers.shape), stored.integers)
+    packed = pack_to_int32(stored.codes, args.num_bits)
+    same_bits(unpack_from_int32(packed, args.num_bits, stored.codes.shape), stored.codes)
     if stored.zero is not None:
         zero = stored.zero.repeat(9, 1)  # compressed-tensors 0.20 cannot unpack a lone word of 4-bit integers
         packed = pack_to_int32(zero, args.num_bits, packed_dim=0)
@@ -203,8 +208,8 @@ def test_gradients_are_plain_autograds(
     symmetric: bool, group_size: int | None, bits: int, scale_dtype: torch.dtype, clipped: bool
 ) -> None:
     arguments: dict[str, Any] = differentiable_arguments(group_size, clipped)
-    grid = Grid(bits, symmetric, group_size)
-    ours = fake_quantize_weight(grid=grid, scale_dtype=scale_dtype, **arguments)
+    format = integers(bits, symmetric, group_size)
+    ours = fake_quantize_weight(format=format, scale_dtype=scale_dtype, **arguments)
     theirs = reference.fake_quantize_weight(
         bits=bits, symmetric=symmetric, group_size=group_size, scale_dtype=scale_dtype, **arguments
     )
@@ -253,20 +258,21 @@ def differentiable_arguments(group_size: int | None, clipped: bool) -> dict[str,
 @pytest.mark.parametrize("name", ["weight", "row", "column", "clip_low", "clip_high", "gain", "offset"])
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(name: str) -> None:
     arguments = differentiable_arguments(4, clipped=True)
-    grid = Grid(4, group_size=4)
-    (among_all,) = torch.autograd.grad(fake_quantize_weight(grid=grid, **arguments).sum(), arguments[name])
+    format = integers(4, group_size=4)
+    (among_all,) = torch.autograd.grad(fake_quantize_weight(format=format, **arguments).sum(), arguments[name])
     alone = {other: tensor.detach() for other, tensor in arguments.items()} | {name: arguments[name]}
-    (by_itself,) = torch.autograd.grad(fake_quantize_weight(grid=grid, **alone).sum(), arguments[name])
+    (by_itself,) = torch.autograd.grad(fake_quantize_weight(format=format, **alone).sum(), arguments[name])
     same_bits(by_itself, among_all)
 
 
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_gradients_of_many_rows_are_those_of_chunks(group_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = differentiable_arguments(group_size, clipped=True)
-    grid = Grid(4, group_size=group_size)
-    whole = torch.autograd.grad(fake_quantize_weight(grid=grid, **arguments).square().sum(), list(arguments.values()))
+    format = integers(4, group_size=group_size)
+    inputs = list(arguments.values())
+    whole = torch.autograd.grad(fake_quantize_weight(format=format, **arguments).square().sum(), inputs)
     monkeypatch.setitem(kernels._CHUNK, "eager", 24 // torch.get_num_threads())  # two rows of twelve
-    cut = torch.autograd.grad(fake_quantize_weight(grid=grid, **arguments).square().sum(), list(arguments.values()))
+    cut = torch.autograd.grad(fake_quantize_weight(format=format, **arguments).square().sum(), inputs)
     for one, other in zip(cut, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
@@ -301,7 +307,7 @@ def test_nothing_but_the_inputs_and_the_extremes_is_kept_for_the_backward() -> N
     arguments = differentiable_arguments(4, clipped=True)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
-        fake_quantize_weight(grid=Grid(4, group_size=4), **arguments)
+        fake_quantize_weight(format=integers(4, group_size=4), **arguments)
     inputs = {tensor.data_ptr() for tensor in arguments.values()}
     assert inputs <= {tensor.data_ptr() for tensor in saved}
     rows, width = arguments["weight"].shape
@@ -316,21 +322,21 @@ def test_asymmetric_by_hand() -> None:
     # 2 bits: integers −2 … 1, 3 steps. Range −1 … 2, s = 3/3 = 1, z = −2 − (−1)/1 = −1.
     # x/s + z = −2, −0.7, 0, 1 → q = −2, −1, 0, 1 → (q − z)·s = −1, 0, 1, 2.
     weight = torch.tensor([[-1.0, 0.3, 1.0, 2.0]])
-    stored = quantize_weight(weight, Grid(2))
+    stored = quantize_weight(weight, integers(2))
     assert stored.scale.tolist() == [[1.0]]
     assert stored.zero is not None
     assert stored.zero.tolist() == [[-1]]
-    assert stored.integers.tolist() == [[-2, -1, 0, 1]]
-    assert fake_quantize_weight(weight, Grid(2)).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
+    assert stored.codes.tolist() == [[-2, -1, 0, 1]]
+    assert fake_quantize_weight(weight, integers(2)).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
 
 
 def test_symmetric_by_hand() -> None:
     # 3 bits: integers −4 … 3, 7 steps. max|x| = 3.5, s = 3.5·2/7 = 1, no zero point.
     # −3.5 is halfway and goes to the even −4; 3.5 is clamped to 3.
     weight = torch.tensor([[-3.5, 1.2, 3.5, 0.4]])
-    stored = quantize_weight(weight, Grid(3, symmetric=True))
+    stored = quantize_weight(weight, integers(3, symmetric=True))
     assert stored.zero is None
-    assert stored.integers.tolist() == [[-4, 1, 3, 0]]
+    assert stored.codes.tolist() == [[-4, 1, 3, 0]]
     assert stored.dequantized().tolist() == [[-4.0, 1.0, 3.0, 0.0]]
 
 
@@ -338,7 +344,7 @@ def test_clipping_by_hand() -> None:
     # Maximum 2 times 0.25 gives the range −1 … 0.5: s = 1.5/3 = 0.5, z = −2 − (−1)/0.5 = 0.
     # x/s = −2, 0, 2, 4 → clamped to −2, 0, 1, 1 → −1, 0, 0.5, 0.5.
     weight = torch.tensor([[-1.0, 0.0, 1.0, 2.0]])
-    clipped = fake_quantize_weight(weight, Grid(2), clip_high=torch.full((1, 1, 1), 0.25))
+    clipped = fake_quantize_weight(weight, integers(2), clip_high=torch.full((1, 1, 1), 0.25))
     assert clipped.tolist() == [[-1.0, 0.0, 0.5, 0.5]]
 
 
@@ -346,7 +352,7 @@ def test_groups_by_hand() -> None:
     # 2 bits symmetric: s = max|x|·2/3, so 1 for the group (1.5, −1) and 2 for (3, 2).
     # 1.5 clamps to 1; −1 stays; 3/2 = 1.5 clamps to 1; 2/2 = 1.
     weight = torch.tensor([[1.5, -1.0, 3.0, 2.0]])
-    stored = quantize_weight(weight, Grid(2, symmetric=True, group_size=2))
+    stored = quantize_weight(weight, integers(2, symmetric=True, group_size=2))
     assert stored.scale.tolist() == [[1.0, 2.0]]
     assert stored.dequantized().tolist() == [[1.0, -1.0, 2.0, 2.0]]
 
@@ -354,13 +360,13 @@ def test_groups_by_hand() -> None:
 def test_rounding_offset_by_hand() -> None:
     # As in the asymmetric case 0.3 stands at −0.7 on the grid, and rounds to −1; 0.4 more and it rounds to 0.
     weight, offset = torch.tensor([[-1.0, 0.3, 1.0, 2.0]]), torch.tensor([[0.0, 0.4, 0.0, 0.0]])
-    assert fake_quantize_weight(weight, Grid(2), offset=offset).tolist() == [[-1.0, 1.0, 1.0, 2.0]]
-    assert quantize_weight(weight, Grid(2), offset=offset).integers.tolist() == [[-2, 0, 0, 1]]
+    assert fake_quantize_weight(weight, integers(2), offset=offset).tolist() == [[-1.0, 1.0, 1.0, 2.0]]
+    assert quantize_weight(weight, integers(2), offset=offset).codes.tolist() == [[-2, 0, 0, 1]]
 
 
 def test_a_scale_has_a_floor() -> None:
     # A range of 3e-6 in 3 steps would have s = 1e-6; with s = 1e-5 everything is less than half a step.
-    stored = quantize_weight(torch.tensor([[0.0, 3e-6]]), Grid(2))
+    stored = quantize_weight(torch.tensor([[0.0, 3e-6]]), integers(2))
     assert stored.scale.item() == pytest.approx(1e-5)
     assert stored.dequantized().tolist() == [[0.0, 0.0]]
 
@@ -371,8 +377,8 @@ def test_a_scale_has_a_floor() -> None:
 @given(matrices(), st.sampled_from(BITS), st.booleans())
 def test_error_is_at_most_half_a_step_and_zero_stays_zero(x: Tensor, bits: int, symmetric: bool) -> None:
     x[:, -1] = 0.0
-    grid = Grid(bits, symmetric)
-    rounded, scale = fake_quantize_weight(x, grid), quantize_weight(x, grid).scale
+    format = integers(bits, symmetric)
+    rounded, scale = fake_quantize_weight(x, format), quantize_weight(x, format).scale
     # Unclipped, even the extremes are within half a step of the grid's ends. 1e-5: float32, up to 255 steps.
     assert ((rounded - x).abs() <= scale * (0.5 + 255 * 1e-6)).all()
     assert (rounded[:, -1] == 0).all()
@@ -383,7 +389,7 @@ def test_what_is_on_the_grid_stays(case: tuple[QuantizationArgs, dict[str, Any]]
     args, arguments = case
     stored = quantize_weight(**arguments)
     on_grid = stored.dequantized()
-    same_bits(their_quantize(on_grid, stored.scale, stored.zero, args, dtype=torch.int8), stored.integers)
+    same_bits(their_quantize(on_grid, stored.scale, stored.zero, args, dtype=torch.int8), stored.codes)
 
 
 @given(weights_to_quantize())
@@ -396,5 +402,5 @@ def test_scalings_are_folded_in_exactly(case: tuple[QuantizationArgs, dict[str, 
 
 @given(matrices(st.just(8)), st.sampled_from(BITS))
 def test_a_row_knows_nothing_of_the_others(x: Tensor, bits: int) -> None:
-    together = fake_quantize_weight(x, Grid(bits))
-    same_bits(together, torch.cat([fake_quantize_weight(row[None], Grid(bits)) for row in x]))
+    together = fake_quantize_weight(x, integers(bits))
+    same_bits(together, torch.cat([fake_quantize_weight(row[None], integers(bits)) for row in x]))

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from lrquant.formats import kernels
 from lrquant.formats.fake_quant_math import Factors, Rounding, gradients_of_rows, quantize_rows
-from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
+from lrquant.formats.integers import integers
+from lrquant.formats.number_format import NumberFormat
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding it: there, float16 stands in.
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 WEIGHTS = {
-    "W4": Rounding(Grid(4), WEIGHT_SCALE_FLOOR, HALF, torch.float32, HALF),
-    "W3 symmetric": Rounding(Grid(3, symmetric=True), WEIGHT_SCALE_FLOOR, torch.float16),
-    "W2 g16": Rounding(Grid(2, group_size=16), WEIGHT_SCALE_FLOOR, HALF, HALF, torch.float32),
-    "W8 g16 symmetric": Rounding(Grid(8, True, 16), WEIGHT_SCALE_FLOOR, torch.float32),
+    "W4": Rounding(integers(4), WEIGHT_SCALE_FLOOR, HALF, torch.float32, HALF),
+    "W3 symmetric": Rounding(integers(3, symmetric=True), WEIGHT_SCALE_FLOOR, torch.float16),
+    "W2 g16": Rounding(integers(2, group_size=16), WEIGHT_SCALE_FLOOR, HALF, HALF, torch.float32),
+    "W8 g16 symmetric": Rounding(integers(8, True, 16), WEIGHT_SCALE_FLOOR, torch.float32),
 }
 ALL, SOME, NONE = "every factor", "some factors", "no factor"
 
@@ -32,7 +34,7 @@ def tensors(rows: int, width: int, how: Rounding, which: str) -> tuple[Tensor, F
     def between(low: float, high: float, *shape: int) -> Tensor:
         return (low + (high - low) * torch.rand(*shape, generator=generator)).to(DEVICE)
 
-    groups = width // (how.grid.group_size or width)
+    groups = width // (how.format.group_size or width)
     x = torch.randn(rows, width, generator=generator).to(DEVICE)
     x[0], x[1], x[2, 0] = 0.0, x[1].abs(), 30.0
     factors = Factors()
@@ -74,10 +76,10 @@ def test_triton_rounds_weights_as_pytorch_does(name: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
-@pytest.mark.parametrize("grid", [Grid(4), Grid(8, symmetric=True), Grid(4, group_size=16)], ids=str)
-def test_triton_rounds_activations_as_pytorch_does(grid: Grid, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", [integers(4), integers(8, symmetric=True), integers(4, group_size=16)], ids=str)
+def test_triton_rounds_activations_as_pytorch_does(format: NumberFormat, dtype: torch.dtype) -> None:
     triton_kernels = pytest.importorskip("lrquant.formats.triton_kernels", reason="Triton is not installed")
-    check(triton_kernels.quantize_rows, triton_kernels.gradients_of_rows, Rounding(grid, None), NONE, dtype)
+    check(triton_kernels.quantize_rows, triton_kernels.gradients_of_rows, Rounding(format, None), NONE, dtype)
 
 
 def test_triton_adds_columns_up_over_many_strips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +89,11 @@ def test_triton_adds_columns_up_over_many_strips(monkeypatch: pytest.MonkeyPatch
     check(triton_kernels.quantize_rows, triton_kernels.gradients_of_rows, WEIGHTS["W4"], ALL)
 
 
-COMPILED = Rounding(Grid(4), WEIGHT_SCALE_FLOOR, torch.bfloat16, torch.float32, torch.bfloat16)
+COMPILED = Rounding(integers(4), WEIGHT_SCALE_FLOOR, torch.bfloat16, torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("how", "which"), [(COMPILED, SOME), (Rounding(Grid(4), None), NONE)], ids=["weights", "activations"]
+    ("how", "which"), [(COMPILED, SOME), (Rounding(integers(4), None), NONE)], ids=["weights", "activations"]
 )
 def test_compiled_rows_are_the_plain_ones(how: Rounding, which: str) -> None:
     with kernels.using("compiled"):

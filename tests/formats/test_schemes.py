@@ -5,7 +5,9 @@ import torch
 from compressed_tensors.config import CompressionFormat
 
 from lrquant.errors import UsageError
-from lrquant.formats import Grid, Scheme
+from lrquant.formats import Scheme, format_of
+from lrquant.formats.fp4 import MXFP4, NVFP4
+from lrquant.formats.integers import integers
 from lrquant.formats.layout import pads_zero_points, product_dtype, storage_format
 from lrquant.formats.schemes import activation_args, per_token_for_flat_inputs, weight_args
 
@@ -37,10 +39,10 @@ def test_attention_has_the_activations_format_when_asked() -> None:
 
 
 def test_grids_follow_their_description() -> None:
-    assert Grid.of(weight_args(3, 64, symmetric=True)) == Grid(3, True, 64)
-    assert Grid.of(activation_args(8)) == Grid(8, False, None)
-    grid = Grid(4)
-    assert (grid.low, grid.high, grid.steps) == (-8, 7, 15)  # signed four-bit integers
+    assert format_of(weight_args(3, 64, symmetric=True)) == integers(3, True, 64)
+    assert format_of(activation_args(8)) == integers(8, False, None)
+    format = integers(4)
+    assert (format.low, format.high, format.steps) == (-8, 7, 15)  # signed four-bit integers
 
 
 def test_flat_inputs_get_one_group_as_wide_as_the_row() -> None:
@@ -62,8 +64,8 @@ def test_flat_inputs_get_one_group_as_wide_as_the_row() -> None:
         (Scheme.integer(8, 16), CompressionFormat.pack_quantized, False, torch.bfloat16),
         (Scheme.integer(4, 8), CompressionFormat.pack_quantized, True, torch.float32),
         (Scheme.integer(4, 8, symmetric=True), CompressionFormat.int_quantized, False, torch.float32),
-        (Scheme.floating("nvfp4", 4), CompressionFormat.nvfp4_pack_quantized, False, torch.bfloat16),
-        (Scheme.floating("mxfp4", 16), CompressionFormat.mxfp4_pack_quantized, False, torch.bfloat16),
+        (Scheme.of_formats(NVFP4, NVFP4), CompressionFormat.nvfp4_pack_quantized, False, torch.bfloat16),
+        (Scheme.of_formats(MXFP4), CompressionFormat.mxfp4_pack_quantized, False, torch.bfloat16),
         (Scheme.integer(16, 8), CompressionFormat.dense, False, torch.float32),
     ],
     ids=[

@@ -53,7 +53,7 @@ def test_scales_change_and_integers_do_not(changes: dict[str, Any], tiny: Path, 
     again = lrquant.quantize(str(tiny), recipe(**changes, tuning_epochs=3), IDS)
     for one, other, same in zip(before.result.frozen, after.result.frozen, again.result.frozen, strict=True):
         for linear, weight in one.weights.items():
-            assert torch.equal(weight.integers, other.weights[linear].integers)
+            assert torch.equal(weight.codes, other.weights[linear].codes)
             assert weight.zero is None or torch.equal(weight.zero, other.weights[linear].zero)
             assert not torch.equal(weight.scale, other.weights[linear].scale)
             assert torch.equal(same.weights[linear].scale, other.weights[linear].scale)

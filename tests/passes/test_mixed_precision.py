@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import lrquant
 from lrquant import Recipe
 from lrquant.errors import UsageError
-from lrquant.formats import Grid, Scheme, quantize_weight
+from lrquant.formats import Scheme, quantize_weight
+from lrquant.formats.integers import integers
 from lrquant.passes.mixed_precision import Unit, best_rounding, choose, storage_bits
 from lrquant.reconstruction.callbacks import Callback
 from tests.export.test_round_trip import logits
@@ -61,9 +62,9 @@ def test_a_target_out_of_reach_names_what_is(target: float) -> None:
 def test_clipping_is_chosen_for_every_group() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     weight[0, 0] = 30.0  # worth keeping whole; other rows of two bits are better off clipped
-    grid = Grid(2, group_size=64)
-    rounded = best_rounding(weight, grid, torch.float32)
-    plain = quantize_weight(weight, grid).dequantized()
+    format = integers(2, group_size=64)
+    rounded = best_rounding(weight, format, torch.float32)
+    plain = quantize_weight(weight, format).dequantized()
     errors, before = ((found - weight).square().sum(1) for found in (rounded, plain))
     assert (errors <= before + 1e-6).all()
     assert errors.sum() < 0.9 * before.sum()

@@ -44,8 +44,7 @@ def test_training_sees_the_frozen_integers(wbits: int, group_size: int | None, t
         name = f"{linear}.weight"
         torch.testing.assert_close(seen[name], stored[name], rtol=0, atol=0)
     moved = [
-        (frozen.weights[linear].integers.int() - nearest.weights[linear].integers.int()).abs()
-        for linear in fixed.linears
+        (frozen.weights[linear].codes.int() - nearest.weights[linear].codes.int()).abs() for linear in fixed.linears
     ]
     assert all(difference.max() == 1 for difference in moved)  # by one at most, and some do
 

@@ -91,19 +91,20 @@ def describe(directory: Path) -> Facts:
     card = _card_metadata(directory / "README.md")
     tensors, size = _tensors(directory)
     packed = {name.rpartition(".")[0] for name in tensors if name.endswith((".weight_scale", ".weight_packed"))}
-    parameters, bits = 0, 0
+    parameters, bits, packed_bits = 0, 0, (weights or {}).get("num_bits", 16)
     for linear in packed:
         kinds = (f"{linear}.weight", f"{linear}.weight_shape")
         known = next((tensors[name].elements for name in kinds if name in tensors), None)
-        # Four-bit floats lie two to a byte, with no shape beside them.
-        parameters += 2 * tensors[f"{linear}.weight_packed"].bytes if known is None else known
+        # Packed floats have no shape beside them, and no bit between them.
+        parameters += 8 * tensors[f"{linear}.weight_packed"].bytes // packed_bits if known is None else known
         parts = [f"{linear}.weight{part}" for part in ("", "_packed", "_scale", "_zero_point", "_global_scale")]
         bits += sum(8 * tensors[part].bytes for part in parts if part in tensors)
     wbits, abits = (weights or {}).get("num_bits", 16), (inputs or {}).get("num_bits", 16)
     group_size = (weights or {}).get("group_size")
     short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}" + (f" g{group_size}" if group_size else "")
-    if (weights or {}).get("type") == "float" and wbits == 4:
-        short = ("NVFP4" if group_size == 16 else "MXFP4") + ("A16" if inputs is None else "")
+    if weights is not None and weights.get("type") == "float":
+        scales = {"torch.float8_e4m3fn": "NV", "torch.uint8": "MX"}.get(str(weights.get("scale_dtype")), "")
+        short = str(recipe.get("numbers", f"{scales}FP{wbits}")).upper() + ("A16" if inputs is None else "")
     widths = sorted({group["weights"]["num_bits"] for group in groups if group.get("weights")})
     if recipe.get("target_bits"):
         short = f"W{recipe['target_bits']:g}A{abits}" + (f" g{group_size}" if group_size else "")

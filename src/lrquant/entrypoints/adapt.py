@@ -27,7 +27,7 @@ from lrquant.architectures import family_of
 from lrquant.calibration.text import evaluation_ids
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export import check_save_dir
-from lrquant.export.compressed_tensors import INPUT_SCALE, needs_whole_weights, pack_block
+from lrquant.export.compressed_tensors import INPUT_SCALES, needs_whole_weights, pack_block
 from lrquant.export.saving import whole_directory
 from lrquant.loading.checkpoint import load, saved_recipe
 from lrquant.loading.pretrained import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
@@ -204,12 +204,8 @@ def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]
 
 
 def input_scales_of(block: nn.Module) -> dict[str, Tensor]:
-    """NVFP4's scale of the input of every linear of a loaded block that has one."""
-    return {
-        name.removesuffix(INPUT_SCALE): value
-        for name, value in block.state_dict().items()
-        if name.endswith(INPUT_SCALE)
-    }
+    """The calibrated scale of the input of every linear of a loaded block that has one."""
+    return {name.rpartition(".")[0]: value for name, value in block.state_dict().items() if name.endswith(INPUT_SCALES)}
 
 
 def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from lrquant._registration import OWN_METHOD
 from lrquant.errors import UsageError
-from lrquant.formats import Scheme
+from lrquant.formats import Scheme, format_of
 from lrquant.formats.fake_quant import QuantizedWeight
-from lrquant.formats.fp4 import e4m3
-from lrquant.formats.layout import dequantized_on_load, pads_zero_points, product_dtype, storage_format
+from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.transforms.online import transform_config
 
-INPUT_SCALE = ".input_global_scale"
+INPUT_SCALES = (".input_global_scale", ".input_scale")  # of a linear whose input has a calibrated scale
 _FILL_WEIGHTS = (".clip.", ".siglip.")  # parts of transformers whose blocks must have whole weights when they load
 
 
@@ -33,13 +32,12 @@ def needs_whole_weights(model: nn.Module, path: str) -> bool:
 
 def check_layout(model: nn.Module, paths: Sequence[str], scheme: Scheme) -> None:
     """Raise when no checkpoint can hold the blocks at `paths` in `scheme`."""
-    floats = scheme.weights is not None and scheme.weights.type == "float" and not dequantized_on_load(scheme)
-    path = next((path for path in paths if floats and needs_whole_weights(model, path)), None)
+    path = next((path for path in paths if packs_numbers(scheme) and needs_whole_weights(model, path)), None)
     if path is not None:
         name = type(model.get_submodule(path)).__name__
         raise UsageError(
-            f"{name}: transformers cannot load its weights as packed four-bit floats with quantized inputs; "
-            "take the format for weights alone (nvfp4a16, mxfp4a16) or integers"
+            f"{name}: transformers cannot load its weights packed while inputs are quantized; "
+            "take a weight-only format, whose name ends in a16, or integers"
         )
 
 
@@ -54,19 +52,26 @@ def pack_block(
         own = scheme.of(linear)
         packer = BaseCompressor.get_value_from_registry(storage_format(own, whole).value)
         quantization = QuantizationScheme(targets=[], weights=own.weights)
-        local = {"weight": weight.dequantized(), "weight_scale": weight.scale}
+        scales = weight.format.scales
+        local = {
+            "weight": weight.dequantized(),
+            "weight_scale": scales.on_disk(weight.scale, weight.global_scale),
+        }
         if weight.zero is not None:
             local["weight_zero_point"] = weight.zero
-        if weight.whole is not None:
-            local |= {"weight_scale": e4m3(weight.scale * weight.whole), "weight_global_scale": weight.whole}
+        if weight.global_scale is not None:
+            local[f"weight{scales.global_name}"] = weight.global_scale
         packed = packer.compress(local, quantization)
-        if scheme.weights.type == "int":
+        if scales.unpacked is None:
             packed["weight_scale"] = packed["weight_scale"].to(storage_dtype)
         if pads_zero_points(own, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
-    return tensors | {f"{linear}{INPUT_SCALE}": scale for linear, scale in frozen.input_scales.items()}
+    if scheme.inputs is None:
+        return tensors
+    name = f"input{format_of(scheme.inputs).scales.global_name}"
+    return tensors | {f"{linear}.{name}": scale for linear, scale in frozen.input_scales.items()}
 
 
 def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def unpack_block(
     tensors: Mapping[str, Tensor], scheme: Scheme, storage_dtype: torch.dtype, dtype: torch.dtype, whole: bool = False
 ) -> dict[str, Tensor]:
     """The dequantized parameters of a packed block in `dtype`: `FrozenBlock.parameters` of what was packed."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(INPUT_SCALE)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(INPUT_SCALES)}
     if scheme.weights is None:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
     products = product_dtype(scheme, storage_dtype)
@@ -180,7 +185,7 @@ def unpack_block(
         local = {
             f"weight{name.removeprefix(prefix)}": part for name, part in tensors.items() if name.startswith(prefix)
         }
-        if scheme.weights.type == "int":
+        if format_of(scheme.weights).scales.unpacked is None:
             local["weight_scale"] = local["weight_scale"].to(products)
         result[prefix] = packer.decompress(local, quantization)["weight"].to(dtype)
     inside = tuple(f"{linear}.weight" for linear in linears)
@@ -197,7 +202,7 @@ def quantized_size(weights: Mapping[str, QuantizedWeight], tensors: Mapping[str,
     for linear in weights:
         parts = (tensors.get(f"{linear}.weight{part}") for part in WEIGHT_PARTS)
         bits += 8 * sum(part.nbytes for part in parts if part is not None)
-    return sum(weight.integers.numel() for weight in weights.values()), bits
+    return sum(weight.codes.numel() for weight in weights.values()), bits
 
 
 def buffers_of(block: nn.Module, storage_dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,16 +21,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lrquant.formats.fake_quant import fake_quantize
-from lrquant.formats.qparams import Grid
+from lrquant.formats.number_format import NumberFormat
+from lrquant.formats.presets import format_of
 
 _SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
-_WHOLE = "_lrquant_whole"  # a linear's: NVFP4's scale of its whole input, once it is calibrated
+_GLOBAL_SCALE = "_lrquant_global_scale"  # a linear's: its input's global scale, once it is calibrated
 PREFIX = "lrquant_"
 
 
 def _quantized(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-    args = getattr(module, _SCHEME, None)
-    return tensors if args is None else tuple(_rounded(tensor, args, _product_dtype(tensor)) for tensor in tensors)
+    format = getattr(module, _SCHEME, None)
+    if format is None:
+        return tensors
+    return tuple(_rounded(tensor, format, _product_dtype(tensor)) for tensor in tensors)
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -64,9 +67,9 @@ def route_attention(model: Any) -> bool:
     return True
 
 
-def set_whole(linear: nn.Module, whole: Tensor | None) -> None:
-    """From now on `linear`'s input has NVFP4's scale `whole`, (1,) float32; None: each input its own."""
-    vars(linear)[_WHOLE] = None if whole is None else whole.cpu()
+def set_global_scale(linear: nn.Module, scale: Tensor | None) -> None:
+    """From now on `linear`'s input has the global scale `scale`, (1,); None: each input its own."""
+    vars(linear)[_GLOBAL_SCALE] = None if scale is None else scale.cpu()
 
 
 def install(
@@ -79,10 +82,10 @@ def install(
     latest = _Latest()
     for linear, args in linears.items():
         if args is not None:
-            handles.append(linear.register_forward_pre_hook(_input_hook(args, latest)))
+            handles.append(linear.register_forward_pre_hook(_input_hook(format_of(args), latest)))
     if attention_args is not None:
         for module in attention:
-            setattr(module, _SCHEME, attention_args)
+            setattr(module, _SCHEME, format_of(attention_args))
     return handles
 
 
@@ -94,25 +97,27 @@ class _Latest:
         self.source: Any = lambda: None
         self.result: Tensor | None = None
 
-    def quantized(self, x: Tensor, args: QuantizationArgs, whole: Tensor | None) -> Tensor:
+    def quantized(self, x: Tensor, format: NumberFormat, global_scale: Tensor | None) -> Tensor:
         # A graph finds what its parts share; in inference a tensor has no version by which a change would show.
         if torch.compiler.is_compiling() or x.is_inference():
-            return _rounded(x, args, _product_dtype(x), whole)
-        known = None if whole is None else float(whole)
-        key = (x._version, Grid.of(args), _product_dtype(x), torch.is_grad_enabled(), known)
+            return _rounded(x, format, _product_dtype(x), global_scale)
+        known = None if global_scale is None else float(global_scale)
+        key = (x._version, format, _product_dtype(x), torch.is_grad_enabled(), known)
         if self.source() is not x or self.key != key or self.result is None:
-            self.result = _rounded(x, args, _product_dtype(x), whole)
+            self.result = _rounded(x, format, _product_dtype(x), global_scale)
             self.source, self.key = ref(x), key
         return self.result
 
 
-def _rounded(x: Tensor, args: QuantizationArgs, product: torch.dtype | None, whole: Tensor | None = None) -> Tensor:
+def _rounded(
+    x: Tensor, format: NumberFormat, product: torch.dtype | None, global_scale: Tensor | None = None
+) -> Tensor:
     """`x` on its grid, in the precision of the product it goes into.
 
     Under autocast what follows a product arrives in that product's precision, which is too coarse to find a grid in.
     """
-    whole = None if whole is None else whole.to(x.device)
-    return fake_quantize(x if product is None else x.float(), args, product, whole)
+    global_scale = None if global_scale is None else global_scale.to(x.device)
+    return fake_quantize(x if product is None else x.float(), format, product, global_scale)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype | None:
@@ -121,9 +126,9 @@ def _product_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _input_hook(args: QuantizationArgs, latest: _Latest) -> Any:
+def _input_hook(format: NumberFormat, latest: _Latest) -> Any:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (latest.quantized(inputs[0], args, getattr(module, _WHOLE, None)), *inputs[1:])
+        return (latest.quantized(inputs[0], format, getattr(module, _GLOBAL_SCALE, None)), *inputs[1:])
 
     return hook
 

@@ -4,15 +4,17 @@ The formulas are in `lrquant.formats.fake_quant_math`. The forward saves its inp
 nothing else; the backward recomputes the rest. Weights are passed with the diagonal scalings of an equivalent
 transformation, W' = diag(row)·W·diag(column), whose gradients are row and column sums: no transformed weight
 outlives the call.
+
+A group may also be a block of R × C values. Such a weight is laid out as a matrix with one row for each row of blocks
+and groups of R·C values, and everything goes on as for groups of a row (`_in_blocks`).
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from lrquant.formats import fp4 as floats
 from lrquant.formats import kernels
 from lrquant.formats.fake_quant_math import (
     Factors,
@@ -23,13 +25,13 @@ from lrquant.formats.fake_quant_math import (
     range_of,
     scaled,
     stored_scale,
-    to_grid,
 )
-from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
+from lrquant.formats.number_format import NumberFormat
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """x̂ of `x` (rows…, width). Factors (rows.Factors, in their order) are for two-dimensional `x`."""
+    """x̂ of `x` (rows…, width). Factors (fake_quant_math.Factors, in their order) are for two-dimensional `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: Rounding, *factors: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -67,73 +69,109 @@ def _from_rows(rows: Tensor, shape: torch.Size, order: tuple[int, ...]) -> Tenso
 
 
 def fake_quantize(
-    x: Tensor, args: QuantizationArgs, out_dtype: torch.dtype | None = None, whole: Tensor | None = None
+    x: Tensor, format: NumberFormat, out_dtype: torch.dtype | None = None, global_scale: Tensor | None = None
 ) -> Tensor:
-    """Round activations `x` (..., features) to the grid of `args`, one range per token (or group of features).
+    """Round activations `x` (..., features) to `format`, one range per token (or group of features).
 
-    The result equals compressed-tensors' dynamic fake quantization bit for bit, in `out_dtype` or `x`'s own.
-    `whole` is NVFP4's scale of the whole tensor, (1,) float32; None: found from `x`.
+    The result equals compressed-tensors' fake quantization bit for bit, in `out_dtype` or `x`'s own. `global_scale`,
+    (1,), is for formats that have one; None: found from `x`.
     """
-    grid = Grid.of(args)
-    if grid.has_whole and whole is None:
-        whole = floats.scale_of_tensor(x.detach().abs().amax())
-    return _FakeQuantize.apply(x, Rounding(grid, None, out_dtype=out_dtype, whole=whole), *Factors())
+    if global_scale is None:
+        global_scale = format.global_scale(x.detach().abs().amax())
+    return _FakeQuantize.apply(x, Rounding(format, None, out_dtype=out_dtype, global_scale=global_scale), *Factors())
 
 
 @torch.no_grad()
 def largest_weight(weight: Tensor, factors: Factors) -> Tensor:
-    """The largest magnitude in diag(row)·W·diag(column), (): what NVFP4's scale of a whole tensor follows."""
+    """The largest magnitude in diag(row)·W·diag(column), (): what a global scale follows."""
     return scaled(weight, factors, None).abs().amax()
 
 
 def fake_quantize_weight(
     weight: Tensor,  # (out, in)
-    grid: Grid,
+    format: NumberFormat,
     factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
     scale_dtype: torch.dtype | None = None,
     product_dtype: torch.dtype | None = None,
     out_dtype: torch.dtype | None = None,
-    whole: Tensor | None = None,  # (1,) float32
+    global_scale: Tensor | None = None,  # (1,)
 ) -> Tensor:
     """The dequantized weight (out, in) of diag(row)·W·diag(column), differentiable in all but the formats.
 
-    `scale_dtype`: what the checkpoint holds of scales; `product_dtype`: in which a loader multiplies; `whole`:
-    NVFP4's scale of the whole tensor.
+    `scale_dtype`: what the checkpoint holds of scales; `product_dtype`: in which a loader multiplies; `global_scale`:
+    where the format has one. Factors `clip_low` and `clip_high` are (`format.scale_shape`, 1).
     """
-    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, product_dtype, out_dtype, whole)
-    return _FakeQuantize.apply(weight, how, *factors)
+    how = Rounding(format, WEIGHT_SCALE_FLOOR, scale_dtype, product_dtype, out_dtype, global_scale)
+    if format.group_rows == 1:
+        return _FakeQuantize.apply(weight, how, *factors)
+    rows, factors, how = _in_blocks(weight, factors, how)
+    return _from_blocks(_FakeQuantize.apply(rows, how, *factors), format, weight.shape)
+
+
+def _in_blocks(weight: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Factors, Rounding]:
+    """The transformed weight with a row for each row of blocks, its remaining factors, and how its rows are rounded.
+
+    A last row of blocks that is not full is filled up with zeros, which change no range.
+    """
+    if factors.gain is not None:
+        raise ValueError("blocks of several rows share a scale, which holds no factor on each row")
+    rows = _to_blocks(scaled(weight, factors, None).flatten(-2), how.format)
+    offset = None if factors.offset is None else _to_blocks(factors.offset, how.format)
+    size = how.format.group_rows * (how.format.group_size or weight.shape[1])
+    row_wise = replace(how.format, group_size=size, group_rows=1)
+    return rows, Factors(None, None, factors.clip_low, factors.clip_high, None, offset), replace(how, format=row_wise)
+
+
+def _to_blocks(x: Tensor, format: NumberFormat) -> Tensor:
+    """(out, in) → (rows of blocks, blocks · R · C)."""
+    height = format.group_rows
+    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % height))
+    return grouped(x.unflatten(0, (-1, height)), format.group_size).transpose(1, 2).flatten(1)
+
+
+def _from_blocks(x: Tensor, format: NumberFormat, shape: torch.Size) -> Tensor:
+    """The inverse of `_to_blocks`, in the original's `shape`."""
+    groups = format.groups(shape[1])
+    return x.unflatten(1, (groups, format.group_rows, -1)).transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0]]
 
 
 class QuantizedWeight(NamedTuple):
     """What a checkpoint holds of a linear's weight."""
 
-    integers: Tensor  # (out, in) int8, signed
-    scale: Tensor  # (out, groups)
-    zero: Tensor | None  # (out, groups) int8; None when symmetric
-    unit: float = 1.0  # what an integer one stands for
-    whole: Tensor | None = None  # (1,) float32, NVFP4's scale of the whole tensor, which `scale` includes
+    codes: Tensor  # (out, in), in one byte each: Elements.encode
+    scale: Tensor  # (rows of groups, groups): NumberFormat.scale_shape
+    zero: Tensor | None  # the same shape, int8; None when symmetric
+    format: NumberFormat
+    global_scale: Tensor | None = None  # (1,) float32, which `scale` includes
+
+    def steps(self) -> Tensor:
+        """q − z in groups, (out, groups, group size), in float32."""
+        q = grouped(self.format.elements.decode(self.codes), self.codes.shape[1] // self.scale.shape[1])
+        return q if self.zero is None else q - self.zero.float()[..., None]
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(q − z)·s rounded to `dtype`, (out, in). In float32 the product of numbers of few bits is exact."""
-        q = grouped(self.integers.float() * self.unit, self.integers.shape[1] // self.scale.shape[1])
-        if self.zero is not None:
-            q = q - self.zero.float()[..., None]
-        return (q * self.scale.float()[..., None]).flatten(-2).to(dtype)
+        scale = self.format.per_row(self.scale.float()[..., None], len(self.codes))
+        return (self.steps() * scale).flatten(-2).to(dtype)
 
 
 @torch.no_grad()
 def quantize_weight(
     weight: Tensor,  # (out, in)
-    grid: Grid,
+    format: NumberFormat,
     factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
     scale_dtype: torch.dtype | None = None,
-    whole: Tensor | None = None,  # (1,) float32
+    global_scale: Tensor | None = None,  # (1,)
 ) -> QuantizedWeight:
-    """The integers, scales and zero points behind `fake_quantize_weight` of the same arguments."""
-    how = Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, whole=whole)
-    y = scaled(weight, factors, grid.group_size)
+    """The codes, scales and zero points behind `fake_quantize_weight` of the same arguments."""
+    how = Rounding(format, WEIGHT_SCALE_FLOOR, scale_dtype, global_scale=global_scale)
+    rows, shape = weight, weight.shape
+    if format.group_rows > 1:
+        rows, factors, how = _in_blocks(weight, factors, how)
+    y = scaled(rows, factors, how.format.group_size)
     found = range_of(*extremes(y), factors, how)
-    q = to_grid(place_on_grid(y, found, factors, how).clamp_(grid.low, grid.high), grid)
+    q = format.elements.nearest(place_on_grid(y, found, factors, how).clamp_(format.low, format.high)).flatten(-2)
     zero = None if found.zero is None else found.zero.squeeze(-1).to(torch.int8)
     scale = stored_scale(found, factors, how).expand_as(found.scale).squeeze(-1)
-    return QuantizedWeight((q / grid.unit).flatten(-2).to(torch.int8), scale, zero, grid.unit, whole)
+    codes = format.elements.encode(q if format.group_rows == 1 else _from_blocks(q, format, shape))
+    return QuantizedWeight(codes, scale, zero, format, global_scale)

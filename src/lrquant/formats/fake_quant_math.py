@@ -1,7 +1,7 @@
 """The arithmetic of fake quantization on rows, forward and backward, as plain functions of tensors.
 
 A row is an output channel of a weight or a token's activations. With y = diag(row)·x·diag(column), scale s and
-zero point z of each group (lrquant.formats.qparams), and a factor r on the dequantized values:
+zero point z of each group (lrquant.formats.number_format), and a factor r on the dequantized values:
 
     q = round(clamp(y/s + z + v))        x̂ = (q − z)·(s·r)
 
@@ -12,7 +12,7 @@ moves with y, outside it with the end m of the range, which the zero point follo
     inside     dx̂/r = dy + s·dv + (q − z − y/s)·ds
     outside    dx̂/r = dm + (q − z − m/s)·ds            (with z's own clamp open)
 
-For four-bit floats (lrquant.formats.fp4) q is the nearest of them instead of the nearest integer, and z is zero.
+Where a format's numbers are not integers, round finds the nearest of them.
 
 The extremes are values of the group themselves: their gradient goes to the elements that attain them, in equal
 parts. Of all gradients only those of y and v are as large as the weight; those of row, clips and r are sums
@@ -26,8 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrquant.formats import fp4 as floats
-from lrquant.formats.qparams import Grid, Range, find_range
+from lrquant.formats.number_format import NumberFormat, Range
 
 
 class Factors(NamedTuple):
@@ -49,12 +48,12 @@ class Factors(NamedTuple):
 class Rounding:
     """How rows are rounded, and into which precisions."""
 
-    grid: Grid
-    floor: float | None  # the least scale (grids.find_range)
+    format: NumberFormat  # whose groups are parts of a row
+    floor: float | None  # the least scale (number_format.Scales.range)
     scale_dtype: torch.dtype | None = None  # what the checkpoint holds of scales; None: the values' own
     product_dtype: torch.dtype | None = None  # in which (q − z)·s is computed; None: the values' own
     out_dtype: torch.dtype | None = None  # of x̂; None: the values' own
-    whole: Tensor | None = field(default=None, compare=False)  # (1,) float32, NVFP4's scale g of the whole tensor
+    global_scale: Tensor | None = field(default=None, compare=False)  # (1,), where the format has one
 
 
 class Gradients(NamedTuple):
@@ -90,7 +89,7 @@ def extremes(y: Tensor) -> tuple[Tensor, Tensor]:
 def range_of(low: Tensor, high: Tensor, factors: Factors, how: Rounding) -> Range:
     low = low if factors.clip_low is None else low * factors.clip_low
     high = high if factors.clip_high is None else high * factors.clip_high
-    return find_range(low, high, how.grid, how.floor, how.scale_dtype, how.whole)
+    return how.format.range(low, high, how.floor, how.scale_dtype, how.global_scale)
 
 
 def place_on_grid(y: Tensor, found: Range, factors: Factors, how: Rounding) -> Tensor:
@@ -98,32 +97,23 @@ def place_on_grid(y: Tensor, found: Range, factors: Factors, how: Rounding) -> T
     q = y / found.scale
     if found.zero is not None:
         q = q + found.zero
-    return q if factors.offset is None else q + grouped(factors.offset, how.grid.group_size)
-
-
-def to_grid(clamped: Tensor, grid: Grid) -> Tensor:
-    """The number of `grid` nearest to each value, which lies within its ends."""
-    return floats.nearest(clamped) if grid.is_float else clamped.round()
+    return q if factors.offset is None else q + grouped(factors.offset, how.format.group_size)
 
 
 def stored_scale(found: Range, factors: Factors, how: Rounding) -> Tensor:
     """The scale that the checkpoint holds: s·r, rounded to the precision it is stored in."""
     if factors.gain is None:
         return found.scale
-    scale = found.scale * factors.gain
-    if how.whole is not None:
-        return floats.e4m3_scale(scale, how.whole)[0]
-    if how.grid.is_float:
-        return floats.nearest_power_of_two(scale)
-    return scale if how.scale_dtype is None else scale.to(how.scale_dtype).to(scale.dtype)
+    return how.format.scales.stored(found.scale * factors.gain, how.scale_dtype, how.global_scale)
 
 
 def quantize_rows(x: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor, Tensor, Tensor]:
     """(x̂ (rows, width), minima, maxima (rows, groups, 1)); the extremes are what the backward needs."""
-    y = scaled(x, factors, how.grid.group_size)
+    format = how.format
+    y = scaled(x, factors, format.group_size)
     low, high = extremes(y)
     found = range_of(low, high, factors, how)
-    q = to_grid(place_on_grid(y, found, factors, how).clamp(how.grid.low, how.grid.high), how.grid)
+    q = format.elements.nearest(place_on_grid(y, found, factors, how).clamp(format.low, format.high))
     if found.zero is not None:
         q = q - found.zero
     product = (q * stored_scale(found, factors, how)).flatten(-2)
@@ -144,14 +134,15 @@ def gradients_of_rows(
     """See the file's formulas. What is not asked for costs nothing."""
     row, column, clip_low, clip_high, gain, _ = factors
     wants_x, wants_row, wants_column, wants_low, wants_high, wants_gain, wants_offset = wanted
-    grid = how.grid
-    y = scaled(x, factors, grid.group_size)
+    format = how.format
+    y = scaled(x, factors, format.group_size)
     found = range_of(low, high, factors, how)
     place = place_on_grid(y, found, factors, how)
-    clamped = place.clamp(grid.low, grid.high)
-    grad = grouped(grad.to(y.dtype), grid.group_size)
+    clamped = place.clamp(format.low, format.high)
+    grad = grouped(grad.to(y.dtype), format.group_size)
     grad_inside = torch.where(place == clamped, grad, torch.zeros_like(grad))
-    steps = to_grid(clamped, grid) if found.zero is None else to_grid(clamped, grid) - found.zero
+    steps = format.elements.nearest(clamped)
+    steps = steps if found.zero is None else steps - found.zero
 
     # Sums along each group, of the gradient before the factor r.
     with_steps = (grad * steps).sum(-1, keepdim=True)
@@ -169,12 +160,12 @@ def gradients_of_rows(
     end_low = low if clip_low is None else low * clip_low
     end_high = high if clip_high is None else high * clip_high
     if found.zero_open is None:  # symmetric
-        grad_scale = grad_scale * found.scale_open / (grid.steps / 2)
+        grad_scale = grad_scale * found.scale_open / (format.steps / 2)
         lower_leads = -end_low >= end_high
         grad_low, grad_high = -grad_scale * lower_leads, grad_scale * ~lower_leads
     else:
         zero_moves = outside * found.zero_open
-        grad_scale = (grad_scale - zero_moves * end_low / found.scale) * found.scale_open / grid.steps
+        grad_scale = (grad_scale - zero_moves * end_low / found.scale) * found.scale_open / format.steps
         grad_low, grad_high = zero_moves - grad_scale, grad_scale
     grad_clip_low = grad_low * low if wants_low else None
     grad_clip_high = grad_high * high if wants_high else None

@@ -12,8 +12,9 @@ can start from them.
 import torch
 from torch import Tensor
 
-from lrquant.formats.fake_quant_math import Factors, Rounding, extremes, range_of, scaled, to_grid
-from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR, Grid
+from lrquant.formats.fake_quant_math import Factors, Rounding, extremes, range_of, scaled
+from lrquant.formats.number_format import NumberFormat
+from lrquant.formats.qparams import WEIGHT_SCALE_FLOOR
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to the diagonal
 BLOCK = 128  # columns whose compensation is applied to the rest at once
@@ -24,17 +25,18 @@ MOST_DAMPING = 1e3
 def compensating_offsets(
     weight: Tensor,  # (out, in)
     hessian: Tensor,  # (in, in), XᵀX of the inputs to the transformed weight
-    grid: Grid,
+    format: NumberFormat,
     factors: Factors = Factors(),  # noqa: B008 - an immutable tuple
     scale_dtype: torch.dtype | None = None,
-    whole: Tensor | None = None,  # (1,), NVFP4's scale of the whole tensor
+    global_scale: Tensor | None = None,  # (1,)
 ) -> Tensor:
     """Offsets (out, in) with which the weight rounds to GPTQ's integers, in float32.
 
     `factors` without offsets. A column whose inputs are all zero gets the offset zero and passes nothing on.
     """
-    y = scaled(weight, factors, grid.group_size)
-    found = range_of(*extremes(y), factors, Rounding(grid, WEIGHT_SCALE_FLOOR, scale_dtype, whole=whole))
+    how = Rounding(format, WEIGHT_SCALE_FLOOR, scale_dtype, global_scale=global_scale)
+    y = scaled(weight, factors, format.group_size)
+    found = range_of(*extremes(y), factors, how)
     rows, width = weight.shape
     scale = found.scale.expand_as(y).reshape(rows, width)
     zero = torch.zeros_like(scale) if found.zero is None else found.zero.expand_as(y).reshape(rows, width)
@@ -49,7 +51,7 @@ def compensating_offsets(
         errors = moved.new_empty(rows, end - begin)
         for j in range(begin, end):
             value, s, z = moved[:, j], scale[:, j], zero[:, j]
-            rounded = (to_grid((value / s + z).clamp(grid.low, grid.high), grid) - z) * s
+            rounded = (format.elements.nearest((value / s + z).clamp(format.low, format.high)) - z) * s
             errors[:, j - begin] = (value - rounded) / upper[j, j]
             moved[:, j + 1 : end].addr_(errors[:, j - begin], upper[j, j + 1 : end], alpha=-1)
         moved[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)

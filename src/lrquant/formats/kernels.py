@@ -3,7 +3,7 @@
     eager      chunks of rows that fit a processor's cache, one operation after another; starts at once
     compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling;
                from PyTorch 2.13 on, before which it is eager
-    triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels); compiled for four-bit floats
+    triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels); for integers; else compiled
 
 All give the same x̂ bit for bit, so that a checkpoint holds the integers that training saw; gradients agree to
 rounding. `using` chooses for a while; outside it everything is eager, which is right for a few calls.
@@ -21,6 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lrquant.formats.fake_quant_math import Factors, Gradients, Rounding, gradients_of_rows, quantize_rows
+from lrquant.formats.integers import Integers
 
 _CHOSEN: ContextVar[str] = ContextVar("kernels", default="eager")
 # Before, torch.compile passed over roundings on the way: a scale kept digits that the checkpoint does not hold.
@@ -97,8 +98,8 @@ def _chosen_for(x: Tensor, how: Rounding) -> str:
     kernels = _CHOSEN.get()
     if kernels == "triton" and not x.is_cuda:
         return "eager"
-    # Triton's kernels here know integers; PyTorch compiles the arithmetic of four-bit floats as well.
-    kernels = "compiled" if kernels == "triton" and how.grid.is_float else kernels
+    # Triton's kernels here know integers; PyTorch compiles the arithmetic of any format.
+    kernels = "compiled" if kernels == "triton" and not isinstance(how.format.elements, Integers) else kernels
     return "eager" if kernels == "compiled" and not COMPILES_EXACTLY else kernels
 
 
@@ -125,7 +126,7 @@ def _complete(x: Tensor, factors: Factors, how: Rounding) -> Factors:
     if not any(factor is not None for factor in factors):
         return factors
     rows, width = x.shape
-    groups = width // (how.grid.group_size or width)
+    groups = width // (how.format.group_size or width)
     shapes = {"row": (rows,), "column": (width,), "gain": (rows, 1, 1)}
     shapes |= dict.fromkeys(("clip_low", "clip_high"), (rows, groups, 1))
     ones = {name: x.new_ones(shape) for name, shape in shapes.items() if getattr(factors, name) is None}

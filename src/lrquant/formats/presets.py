@@ -1,25 +1,116 @@
-"""Formats that have a name, since hardware or a runtime's kernels want exactly them, as fields of a recipe.
+"""The table of number formats, and the names under which people ask for them.
+
+A row (`NamedFormat`) is what a recipe's `numbers` or `input_numbers` may say. From it follow the names of `--format`,
+each of which stands for fields of a recipe:
 
 | name | weights | inputs | where it runs at full speed |
 |---|---|---|---|
-| nvfp4, nvfp4a16 | E2M1 in groups of 16 | the same, or 16 bits | NVIDIA Blackwell; weights alone: vLLM's Marlin |
-| mxfp4, mxfp4a16 | E2M1 in groups of 32 | the same, or 16 bits | OCP MX hardware; weights alone: vLLM's Marlin |
+| nvfp4, nvfp4a16 | E2M1 in groups of 16 | the same, or 16 bits | NVIDIA Blackwell; weight-only: vLLM's Marlin |
+| mxfp4, mxfp4a16 | E2M1 in groups of 32 | the same, or 16 bits | OCP MX hardware; weight-only: vLLM's Marlin |
 | w4a16-g128 | 4-bit integers, symmetric, groups of 128 | 16 bits | vLLM's Marlin and Machete kernels |
 | w8a8 | 8-bit integers, symmetric, per channel | 8-bit integers, symmetric | vLLM's int8 kernels |
 | w4a8 | 4-bit integers, symmetric, per channel | 8-bit integers, symmetric | vLLM's CPU kernels on Arm |
+
+`register` adds a row.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-_INTEGERS: dict[str, Any] = {"symmetric": True, "quantize_attention": False}
-_BOTH: dict[str, Any] = _INTEGERS | {"activations_symmetric": True}
+from compressed_tensors.quantization import QuantizationArgs
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "nvfp4": {"numbers": "nvfp4", "wbits": 4, "abits": 4},
-    "nvfp4a16": {"numbers": "nvfp4", "wbits": 4, "abits": 16},
-    "mxfp4": {"numbers": "mxfp4", "wbits": 4, "abits": 4},
-    "mxfp4a16": {"numbers": "mxfp4", "wbits": 4, "abits": 16},
-    "w4a16-g128": _INTEGERS | {"wbits": 4, "abits": 16, "group_size": 128},
-    "w8a8": _BOTH | {"wbits": 8, "abits": 8},
-    "w4a8": _BOTH | {"wbits": 4, "abits": 8},
-}
+from lrquant.errors import UsageError
+from lrquant.formats.number_format import Elements, NumberFormat, Scales, columns_and_rows
+
+HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-point format
+
+TABLE: dict[str, "NamedFormat"] = {}  # by what `numbers` says
+FORMATS: dict[str, dict[str, Any]] = {}  # by what `--format` says: fields of a recipe
+_ELEMENTS: dict[tuple[str, int], Elements] = {}  # by kind and bits
+_SCALES: list[Scales] = []
+
+
+@dataclass(frozen=True)
+class NamedFormat:
+    """What a recipe's `numbers` of this name stand for, as weights and as inputs; in capitals it is the format's name.
+
+    `weight_only`: whether NAMEa16, with inputs of 16 bits, is a name too. `beside_integers`: whether runtimes take such
+    inputs with integer weights. `defaults`: what every method's preset changes for this format.
+    """
+
+    name: str
+    weights: NumberFormat
+    inputs: NumberFormat
+    weight_only: bool = True
+    beside_integers: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    chooses: ClassVar[bool] = False  # whether a recipe chooses bits, groups, symmetry and what attention is given
+
+    def for_weights(self, bits: int, group_size: int | None, symmetric: bool) -> NumberFormat:
+        """The format of weights; whoever has but one leaves the arguments aside."""
+        return self.weights
+
+    def for_inputs(self, bits: int, symmetric: bool) -> NumberFormat:
+        return self.inputs
+
+    @property
+    def title(self) -> str:
+        return self.name.upper()
+
+    @property
+    def presets(self) -> dict[str, dict[str, Any]]:
+        """Names of `--format`, and the fields of a recipe that they stand for."""
+        both = {"numbers": self.name, "wbits": self.weights.bits, "abits": self.inputs.bits}
+        alone = {f"{self.name}a16": both | {"abits": HIGH_PRECISION_BITS}} if self.weight_only else {}
+        return {self.name: both} | alone
+
+
+def register(row: NamedFormat, more: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Add `row` to the table; `more` names of `--format` that stand for fields of a recipe.
+
+    Raises:
+        UsageError: a name is taken, or checkpoints describe its elements like others.
+    """
+    names = row.presets | {name: dict(fields) for name, fields in (more or {}).items()}
+    taken = next((name for name in (row.name, *names) if name in TABLE or name in FORMATS), None)
+    if taken is not None:
+        raise UsageError(f"format {taken!r}: the name is taken")
+    know(row.weights, row.inputs)
+    TABLE[row.name] = row
+    FORMATS.update(names)
+
+
+def know(*formats: NumberFormat) -> None:
+    """Let `format_of` find `formats`, and others with the same elements or scales."""
+    for own in formats:
+        known = _ELEMENTS.setdefault((own.elements.kind, own.bits), own.elements)
+        if known != own.elements:
+            raise UsageError(f"checkpoints describe {own.elements} and {known} alike")
+        if own.scales not in _SCALES:
+            _SCALES.append(own.scales)
+
+
+def format_of(args: QuantizationArgs) -> NumberFormat:
+    """The number format that compressed-tensors' `args` describe.
+
+    Raises:
+        UsageError: it is none that this table knows.
+    """
+    elements = _ELEMENTS.get((str(args.type), args.num_bits))
+    scales = next((rule for rule in _SCALES if rule.describes(args)), None)
+    if elements is None or scales is None:
+        what = f"{args.type}{args.num_bits}, {args.strategy}" + (f" of {args.group_size}" if args.group_size else "")
+        raise UsageError(f"number format {what}: not known here; there are {', '.join(FORMATS)}")
+    return NumberFormat(elements, scales, *columns_and_rows(args))
+
+
+def row_of(name: str) -> NamedFormat:
+    """The table's row called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TABLE:
+        raise UsageError(f"numbers {name!r}: there are {', '.join(TABLE)}")
+    return TABLE[name]

@@ -1,116 +1,143 @@
-"""Uniform affine grids: which integers, which scale and zero point for given extremes.
+"""Scales and zero points of uniform quantization, for given extremes.
 
-For a group of values with clipped extremes m ≤ 0 ≤ M, signed n-bit integers q ∈ [−2ⁿ⁻¹, 2ⁿ⁻¹ − 1]:
+For a group of values with clipped extremes m ≤ 0 ≤ M, and numbers from `low` to `high`, steps = high − low:
 
-    asymmetric   s = (M − m)/(2ⁿ − 1)          z = round(clamp(qmin − m/s))
-    symmetric    s = max(|m|, M)·2/(2ⁿ − 1)    z = 0
+    Affine       s = (M − m)/steps             z = round(clamp(low − m/s))
+    Symmetric    s = max(|m|, M)·2/steps       z = 0
 
-The operations, their order and their dtype are compressed-tensors', so that scales and zero points agree
-with it bit for bit. Grids of four-bit floats have the same description and other scales: lrquant.formats.fp4.
+The operations, their order and their dtype are compressed-tensors', so that scales and zero points agree with it bit
+for bit. A tensor may also have one scale that calibration finds:
+
+    Static       s = max|X|·2/steps over the calibration samples
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from lrquant.formats import fp4 as floats
+from lrquant.formats.number_format import Elements, Range
 
 WEIGHT_SCALE_FLOOR = 1e-5
-Numbers = Literal["int", "nvfp4", "mxfp4"]
+
+
+def largest(low: Tensor, high: Tensor) -> Tensor:
+    """The largest magnitude of groups with these extremes."""
+    return torch.maximum(-low, high)
+
+
+def width_of(elements: Elements, like: Tensor) -> Tensor:
+    """high − low as a tensor: CUDA would multiply by a plain number's reciprocal, which rounds twice."""
+    return like.new_full((), elements.high - elements.low)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Signed integers of `bits` bits; `group_size` values share a scale (None: a whole row does).
+class _Plain:
+    """Scales that are floating-point numbers of the checkpoint's own precision."""
 
-    Or, as `numbers` says, four-bit floats with NVFP4's or MXFP4's scales, which are symmetric.
-    """
+    symmetric = True
+    has_global = False
+    global_name = ""
+    follows_steps = True
+    takes_gain = True
+    unpacked: None = None
 
-    bits: int
-    symmetric: bool = False
-    group_size: int | None = None
-    numbers: Numbers = "int"
+    def stored(self, scale: Tensor, dtype: torch.dtype | None, global_scale: Tensor | None) -> Tensor:
+        return scale if dtype is None else scale.to(dtype).to(scale.dtype)
 
-    @classmethod
-    def of(cls, args: QuantizationArgs) -> "Grid":
-        if args.type == "float":
-            return cls(args.num_bits, True, args.group_size, "nvfp4" if args.strategy == "tensor_group" else "mxfp4")
-        return cls(args.num_bits, args.symmetric, args.group_size if args.strategy == "group" else None)
+    def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
+        raise TypeError("there is no global scale here")
 
-    @property
-    def is_float(self) -> bool:
-        return self.numbers != "int"
+    def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+        return scale
 
-    @property
-    def has_whole(self) -> bool:
-        """Whether a scale for the whole tensor stands behind those of the groups."""
-        return self.numbers == "nvfp4"
+    def bits(self, dtype: torch.dtype) -> int:
+        return 8 * dtype.itemsize
 
-    @property
-    def unit(self) -> float:
-        """What an integer one stands for: floats are kept as multiples of ½."""
-        return 0.5 if self.is_float else 1.0
+    def arguments(self) -> dict[str, Any]:
+        return {}
 
-    @property
-    def low(self) -> int:
-        return -int(floats.LARGEST) if self.is_float else -(2 ** (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        return int(floats.LARGEST) if self.is_float else 2 ** (self.bits - 1) - 1
-
-    @property
-    def steps(self) -> int:
-        return self.high - self.low
+    def _kept(self, scale: Tensor, floor: float | None, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """(`scale` as it is stored and not below `floor`, whether it stayed what it was)."""
+        scale = self.stored(scale, dtype, None)
+        least = floor if floor is not None else torch.finfo(scale.dtype).eps
+        is_open = scale >= floor if floor is not None else scale != 0
+        return self.stored(torch.where(is_open, scale, torch.full_like(scale, least)), dtype, None), is_open
 
 
-class Range(NamedTuple):
-    """Scale and zero point of each group, and which of their clamps are open (for the backward)."""
+@dataclass(frozen=True)
+class Symmetric(_Plain):
+    """The largest magnitude is the range's end; zero is zero."""
 
-    scale: Tensor  # (..., groups, 1)
-    zero: Tensor | None  # same shape, whole numbers; None when symmetric
-    scale_open: Tensor  # bool: the floor did not replace the scale
-    zero_open: Tensor | None  # bool: the zero point was not clamped
+    def range(
+        self,
+        low: Tensor,
+        high: Tensor,
+        elements: Elements,
+        floor: float | None,
+        dtype: torch.dtype | None,
+        global_scale: Tensor | None,
+    ) -> Range:
+        scale, is_open = self._kept(largest(low, high) / (width_of(elements, low) / 2), floor, dtype)
+        return Range(scale, None, is_open, None)
 
-
-def find_range(
-    low: Tensor,
-    high: Tensor,
-    grid: Grid,
-    floor: float | None,
-    scale_dtype: torch.dtype | None,
-    whole: Tensor | None = None,  # (1,), the scale g of the whole tensor
-) -> Range:
-    """Scale and zero point for groups whose extremes are `low` ≤ 0 ≤ `high`, each (..., groups, 1).
-
-    `floor` is the least scale; None replaces only a scale of zero, by the dtype's epsilon, which is
-    compressed-tensors' rule. `scale_dtype` rounds the scale to what the checkpoint can hold. Neither is for floats,
-    whose scales have a format of their own.
-    """
-    if grid.is_float:
-        return _range_of_floats(torch.maximum(-low, high), grid, whole)
-    steps = low.new_full((), grid.steps)  # no plain number: CUDA would multiply by its reciprocal, which rounds twice
-    scale = torch.maximum(-low, high) / (steps / 2) if grid.symmetric else (high - low) / steps
-    if scale_dtype is not None:
-        scale = scale.to(scale_dtype).to(low.dtype)
-    least = floor if floor is not None else torch.finfo(scale.dtype).eps
-    scale_open = scale >= floor if floor is not None else scale != 0
-    scale = torch.where(scale_open, scale, torch.full_like(scale, least))
-    if scale_dtype is not None:
-        scale = scale.to(scale_dtype).to(low.dtype)
-    if grid.symmetric:
-        return Range(scale, None, scale_open, None)
-    zero = grid.low - low / scale
-    zero_open = (zero >= grid.low) & (zero <= grid.high)
-    return Range(scale, zero.clamp(grid.low, grid.high).round(), scale_open, zero_open)
+    def describes(self, args: QuantizationArgs) -> bool:
+        own = args.strategy not in (QuantizationStrategy.TENSOR.value, QuantizationStrategy.TENSOR_GROUP.value)
+        return args.symmetric and own and args.scale_dtype is None
 
 
-def _range_of_floats(most: Tensor, grid: Grid, whole: Tensor | None) -> Range:
-    if whole is None:
-        return Range(floats.power_of_two_scale(most), None, most != 0, None)
-    steps = most.new_full((), grid.steps)
-    scale, is_open = floats.e4m3_scale(most / (steps / 2), whole)
-    return Range(scale, None, is_open, None)
+@dataclass(frozen=True)
+class Affine(_Plain):
+    """The minimum is the least number, the maximum the largest."""
+
+    symmetric = False
+
+    def range(
+        self,
+        low: Tensor,
+        high: Tensor,
+        elements: Elements,
+        floor: float | None,
+        dtype: torch.dtype | None,
+        global_scale: Tensor | None,
+    ) -> Range:
+        scale, is_open = self._kept((high - low) / width_of(elements, low), floor, dtype)
+        zero = elements.low - low / scale
+        zero_open = (zero >= elements.low) & (zero <= elements.high)
+        return Range(scale, zero.clamp(elements.low, elements.high).round(), is_open, zero_open)
+
+    def describes(self, args: QuantizationArgs) -> bool:
+        return not args.symmetric and args.scale_dtype is None
+
+
+@dataclass(frozen=True)
+class Static(_Plain):
+    """One scale for all inputs of a linear, which calibration finds: nothing is measured at run time."""
+
+    has_global = True
+    global_name = "_scale"
+
+    def range(
+        self,
+        low: Tensor,
+        high: Tensor,
+        elements: Elements,
+        floor: float | None,
+        dtype: torch.dtype | None,
+        global_scale: Tensor | None,
+    ) -> Range:
+        assert global_scale is not None
+        scale = global_scale.to(low.dtype).expand_as(low)
+        return Range(scale, None, torch.zeros_like(scale, dtype=torch.bool), None)
+
+    def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
+        scale = most.float() / (width_of(elements, most.float()) / 2)
+        return self._kept(scale, None, dtype)[0].to(dtype or torch.float32).reshape(1)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"strategy": QuantizationStrategy.TENSOR, "dynamic": False, "observer": "static_minmax"}
+
+    def describes(self, args: QuantizationArgs) -> bool:
+        return args.symmetric and args.strategy == QuantizationStrategy.TENSOR.value and not args.dynamic

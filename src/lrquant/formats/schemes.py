@@ -1,26 +1,19 @@
-"""A block's number format, described by compressed-tensors' own `QuantizationArgs`.
+"""A model's number formats, described by compressed-tensors' own `QuantizationArgs`.
 
-Weights are integers of 2–8 bits per output channel or per group of input channels, with stored scales;
-activations are integers of 2–8 bits per token, their range found at run time. Or both are four-bit floats in small
-groups, NVFP4 or MXFP4, as recent hardware multiplies them. Whoever reads the checkpoint later (transformers, vLLM)
-reads these same objects.
+Weights have a scale per output channel, per group of input channels or per block, with stored scales; activations one
+per token or per group of channels, found at run time, or one that calibration finds. Which formats there are is the
+table's matter (presets.py). Whoever reads the checkpoint later (transformers, vLLM) reads these same objects.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationScheme,
-    QuantizationStrategy,
-    preset_name_to_scheme,
-)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 
 from lrquant.errors import UsageError
-from lrquant.formats.qparams import Numbers
-
-BITS = range(2, 9)
-HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-point format
+from lrquant.formats.integers import BITS, integers
+from lrquant.formats.number_format import NumberFormat, columns_and_rows
+from lrquant.formats.presets import HIGH_PRECISION_BITS, format_of
 
 
 def _check_bits(bits: int, what: str) -> None:
@@ -31,21 +24,15 @@ def _check_bits(bits: int, what: str) -> None:
 def weight_args(bits: int, group_size: int | None = None, symmetric: bool = False) -> QuantizationArgs:
     """Integer weights: per output channel (`group_size=None`) or per `group_size` input channels."""
     _check_bits(bits, "wbits")
-    if group_size is None:
-        return QuantizationArgs(num_bits=bits, symmetric=symmetric, strategy=QuantizationStrategy.CHANNEL)
-    if group_size < 1:
+    if group_size is not None and group_size < 1:
         raise UsageError(f"group size {group_size}: it must be at least 1 (leave it out for one scale per channel)")
-    return QuantizationArgs(
-        num_bits=bits, symmetric=symmetric, strategy=QuantizationStrategy.GROUP, group_size=group_size
-    )
+    return integers(bits, symmetric, group_size).weight_args()
 
 
 def activation_args(bits: int, symmetric: bool = False) -> QuantizationArgs:
     """Integer activations, one range per token, found at run time."""
     _check_bits(bits, "abits")
-    return QuantizationArgs(
-        num_bits=bits, symmetric=symmetric, strategy=QuantizationStrategy.TOKEN, dynamic=True, observer=None
-    )
+    return integers(bits, symmetric).input_args()
 
 
 def per_token_for_flat_inputs(args: QuantizationArgs, width: int) -> QuantizationArgs:
@@ -86,10 +73,12 @@ class Scheme:
         return cls(weights, inputs, inputs if quantize_attention else None)
 
     @classmethod
-    def floating(cls, numbers: Numbers, abits: int = HIGH_PRECISION_BITS) -> "Scheme":
-        """`Scheme.floating("nvfp4", 4)`: NVFP4 weights and inputs. Attention has no such format and is left alone."""
-        preset = preset_name_to_scheme(numbers if abits == 4 else f"{numbers}A16", [])
-        return cls(preset.weights, preset.input_activations)
+    def of_formats(
+        cls, weights: NumberFormat | None, inputs: NumberFormat | None = None, quantize_attention: bool = False
+    ) -> "Scheme":
+        """`weights` and `inputs` of all linears; attention has the inputs' format, or none."""
+        args = None if inputs is None else inputs.input_args()
+        return cls(None if weights is None else weights.weight_args(), args, args if quantize_attention else None)
 
     def within(self, path: str) -> "Scheme":
         """The same for one block, whose linears are called by their names within it."""
@@ -107,12 +96,12 @@ class Scheme:
     def group_size(self) -> int | None:
         """Input channels that share a scale, of weights or inputs; None: as many as there are."""
         args = self.weights or self.inputs
-        return args.group_size if args is not None else None
+        return columns_and_rows(args)[0] if args is not None else None
 
     @property
     def has_static_inputs(self) -> bool:
-        """Whether inputs have a scale that calibration finds: NVFP4's, for the whole tensor."""
-        return self.inputs is not None and self.inputs.dynamic == "local"
+        """Whether inputs have a global scale, which calibration finds."""
+        return self.inputs is not None and format_of(self.inputs).scales.has_global
 
     def for_linear(self, width: int, flat_input: bool) -> QuantizationScheme:
         """compressed-tensors' scheme of one linear with `width` input features."""

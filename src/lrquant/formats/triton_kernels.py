@@ -49,7 +49,7 @@ def _range(  # type: ignore[no-untyped-def]
     end_low, end_high, LOW, HIGH, STEPS, FLOOR, HAS_FLOOR: tl.constexpr, SYMMETRIC: tl.constexpr,
     VALUE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Scale, zero point, and whether their clamps are open: grids.find_range."""
+    """Scale, zero point, and whether their clamps are open: as Symmetric and Affine of qparams.py."""
     if SYMMETRIC:
         scale = _to(tl.div_rn(tl.maximum(-end_low, end_high), STEPS / 2), VALUE)
     else:
@@ -220,8 +220,8 @@ def _backward(  # type: ignore[no-untyped-def]
 def _settings(x: Tensor, factors: Factors, how: Rounding) -> dict[str, Any]:
     """What both kernels are told of the format and the factors."""
     rows, width = x.shape
-    grid = how.grid
-    size = grid.group_size or width
+    format = how.format
+    size = format.group_size or width
     block = triton.next_power_of_2(size)
     floor = how.floor if how.floor is not None else torch.finfo(x.dtype).eps
     return {
@@ -229,9 +229,9 @@ def _settings(x: Tensor, factors: Factors, how: Rounding) -> dict[str, Any]:
         "width": width,
         "groups": width // size,
         "gain_groups": 1 if factors.gain is None else factors.gain.shape[1],
-        "LOW": float(grid.low),
-        "HIGH": float(grid.high),
-        "STEPS": float(grid.steps),
+        "LOW": float(format.low),
+        "HIGH": float(format.high),
+        "STEPS": float(format.steps),
         "FLOOR": float(torch.tensor(floor, dtype=x.dtype)),
         "G": size,
         "BLOCK": block,
@@ -243,7 +243,7 @@ def _settings(x: Tensor, factors: Factors, how: Rounding) -> dict[str, Any]:
         "HAS_GAIN": factors.gain is not None,
         "HAS_OFFSET": factors.offset is not None,
         "HAS_FLOOR": how.floor is not None,
-        "SYMMETRIC": grid.symmetric,
+        "SYMMETRIC": format.symmetric,
         "VALUE": _TYPES[x.dtype],
         "SCALE": _TYPES[how.scale_dtype or x.dtype],
         "num_warps": min(16, max(4, block // 1024)),

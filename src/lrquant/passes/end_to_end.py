@@ -11,8 +11,8 @@ al. 2024, section 3, there from labels.)
 
 The original is not needed again. Its last block's answers are the full-precision stream as the block loop leaves it;
 the model's own code behind the blocks turns them into logits. Blocks are computed anew in the backward pass: the
-activations of one at a time are held, beside the model's integers. Scales of four-bit floats are too coarse to
-follow small steps and stay; vectors are learned there too.
+activations of one at a time are held, beside the model's codes. Scales of few bits are too coarse to follow small steps
+and stay; vectors are learned there too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,10 +137,8 @@ class _Tunable:
         self._steps: dict[str, Tensor] = {}  # q − z by linear, (out, groups, group), in one or two bytes
         self._bases: dict[str, Tensor] = {}  # scales by linear, (out, groups, 1), and vectors by name
         for linear, weight in frozen.weights.items():
-            if weight.unit == 1.0:
-                steps = weight.integers.short().unflatten(-1, (weight.scale.shape[1], -1))
-                steps = steps if weight.zero is None else steps - weight.zero.short()[..., None]
-                self._steps[linear] = (steps.to(torch.int8) if steps.abs().max() < 128 else steps).to(whole.device)
+            if weight.format.scales.follows_steps:
+                self._steps[linear] = _compact(weight.steps()).to(whole.device)
                 self._bases[f"{linear}.weight"] = weight.scale.float()[..., None].to(whole.device)
         self._bases |= {
             name: tensor.float().to(whole.device)
@@ -175,7 +173,8 @@ class _Tunable:
             value = _FACTOR.applied(factors, place, name, base, self._storage_dtype)
             linear = name.removesuffix(".weight")
             if linear in self._steps:
-                value = (self._steps[linear].float() * value.float()).flatten(-2).to(products)
+                scale = self._frozen.weights[linear].format.per_row(value.float(), len(self._steps[linear]))
+                value = (self._steps[linear].float() * scale).flatten(-2).to(products)
             found[name] = value.to(self._dtype)
         return found
 
@@ -198,6 +197,12 @@ class _Tunable:
         for name, tensor in result.parameters(self._dtype).items():
             parameters[name].copy_(tensor)
         return result
+
+
+def _compact(steps: Tensor) -> Tensor:
+    """`steps` in the fewest bytes that hold them exactly."""
+    kinds = (torch.int8, torch.float8_e4m3fn, torch.int16)
+    return next((found for kind in kinds if torch.equal((found := steps.to(kind)).float(), steps)), steps)
 
 
 class _Through(nn.Module):

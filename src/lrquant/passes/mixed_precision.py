@@ -15,6 +15,7 @@ Several ranks divide the units among them, not the samples: every error is one r
 bit on any number of them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from lrquant.architectures import Family, MultimodalFamily
 from lrquant.calibration.capture import capture
 from lrquant.errors import UsageError
-from lrquant.formats import Factors, Grid, Scheme, quantize_weight
+from lrquant.formats import Factors, NumberFormat, Scheme, format_of, quantize_weight
 from lrquant.formats.layout import pads_zero_points, storage_format
 from lrquant.loading.block_source import BlockSource, held
 from lrquant.recipe import Recipe
@@ -125,11 +126,13 @@ def _unit(
     for bits in CANDIDATES:
         own = Scheme(scheme.weights, scheme.inputs, bits=dict.fromkeys(linears, bits)).of(linears[0])
         assert own.weights is not None
-        grid = Grid.of(own.weights)
+        format = format_of(own.weights)
         sizes[bits] = sum(storage_bits(weight.shape, own, storage_dtype) for weight in weights.values())
         errors[bits] = 0.0
         if measured:
-            rounded = {f"{name}.weight": best_rounding(weight, grid, storage_dtype) for name, weight in weights.items()}
+            rounded = {
+                f"{name}.weight": best_rounding(weight, format, storage_dtype) for name, weight in weights.items()
+            }
             errors[bits] = _error(run, rounded, before, after)
     names = tuple(f"{path}.{name}" for name in linears)
     return Unit(names, sum(weight.numel() for weight in weights.values()), sizes, errors)
@@ -146,14 +149,14 @@ def _error(
     return total / len(after)
 
 
-def best_rounding(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
+def best_rounding(weight: Tensor, format: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
     """`weight` (out, in) rounded to nearest, each group clipped by that of `CLIPS` which changes it least."""
     w = weight.detach().float()
-    groups = w.shape[1] // (grid.group_size or w.shape[1])
+    groups = format.groups(w.shape[1])
     best, least = torch.zeros_like(w).unflatten(-1, (groups, -1)), w.new_full((w.shape[0], groups, 1), torch.inf)
     for share in CLIPS:
         clip = w.new_full((w.shape[0], groups, 1), share)
-        found = quantize_weight(w, grid, Factors(clip_low=clip, clip_high=clip), scale_dtype).dequantized()
+        found = quantize_weight(w, format, Factors(clip_low=clip, clip_high=clip), scale_dtype).dequantized()
         found = found.unflatten(-1, (groups, -1))
         error = (found - w.unflatten(-1, (groups, -1))).square().sum(-1, keepdim=True)
         best, least = torch.where(error < least, found, best), torch.minimum(error, least)
@@ -162,14 +165,12 @@ def best_rounding(weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Tenso
 
 def storage_bits(shape: Sequence[int], scheme: Scheme, storage_dtype: torch.dtype) -> int:
     """Bits that a weight (out, in) takes in the checkpoint: its integers, scales and zero points."""
-    args = scheme.weights
-    assert args is not None
-    rows, width = shape
+    assert scheme.weights is not None
+    format = format_of(scheme.weights)
     a_byte = storage_format(scheme) is CompressionFormat.int_quantized
-    each = 8 if a_byte else args.num_bits
-    groups = rows * (width // (args.group_size or width))
-    zero = 0 if args.symmetric else 32 if pads_zero_points(scheme) else each
-    return rows * width * each + groups * (8 * storage_dtype.itemsize + zero)
+    each = 8 if a_byte else format.bits
+    zero = 0 if format.symmetric else 32 if pads_zero_points(scheme) else each
+    return format.weight_bits(shape, storage_dtype, each) + math.prod(format.scale_shape(shape)) * zero
 
 
 def choose(units: Sequence[Unit], target: float) -> list[int]:

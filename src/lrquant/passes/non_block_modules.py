@@ -8,17 +8,16 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lrquant.errors import UsageError
-from lrquant.formats import Grid, quantize_weight
+from lrquant.formats import format_of, quantize_weight
 from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
 from lrquant.formats.fake_quant_math import Factors
-from lrquant.formats.fp4 import scale_of_tensor
 from lrquant.formats.layout import product_dtype
 from lrquant.recipe import Recipe
 
@@ -72,12 +71,12 @@ def round_outside(model: Any, recipe: Recipe, sample: dict[str, Any], storage_dt
     weights = {}
     for name, module in modules.items():
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        grid = Grid.of(recipe.scheme.weights)
+        format = format_of(recipe.scheme.weights)
         rows = weight.detach().float().flatten(1)  # (out, in · kernel)
         if not isinstance(module, nn.Linear):
-            grid = Grid(grid.bits, grid.symmetric)  # patches have few channels: a scale for each row
-        whole = scale_of_tensor(largest_weight(rows, Factors())) if grid.has_whole else None
-        rounded = quantize_weight(rows, grid, scale_dtype=storage_dtype, whole=whole)
+            format = replace(format, group_size=None, group_rows=1)  # patches have few channels: a scale for each row
+        global_scale = format.global_scale(largest_weight(rows, Factors()), storage_dtype)
+        rounded = quantize_weight(rows, format, scale_dtype=storage_dtype, global_scale=global_scale)
         weight.copy_(rounded.dequantized(product_dtype(recipe.scheme, storage_dtype)).view_as(weight))
         if isinstance(module, nn.Linear):
             weights[name] = rounded

@@ -12,8 +12,7 @@ from torch.func import functional_call
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
-from lrquant.formats import kernels
-from lrquant.formats.fp4 import scale_of_tensor
+from lrquant.formats import NumberFormat, kernels
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import Forward
@@ -135,8 +134,10 @@ class BlockForward:
         return statistics, flat
 
     @torch.no_grad()
-    def input_scales(self, stream: Stream, frozen: FrozenBlock) -> dict[str, Tensor]:
-        """NVFP4's scale of every linear's input, (1,) each: of the largest that `stream` brings about in `frozen`."""
+    def input_scales(
+        self, stream: Stream, frozen: FrozenBlock, format: NumberFormat, storage_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The global scale of every linear's input, (1,) each, after the largest that `stream` causes in `frozen`."""
         most: dict[str, Tensor] = {}
 
         def watch(name: str) -> Any:
@@ -157,7 +158,8 @@ class BlockForward:
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: scale_of_tensor(self.ranks.most(found)).cpu() for name, found in most.items()}
+        scales = {name: format.global_scale(self.ranks.most(found), storage_dtype) for name, found in most.items()}
+        return {name: scale.cpu() for name, scale in scales.items() if scale is not None}
 
     @torch.no_grad()
     def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:

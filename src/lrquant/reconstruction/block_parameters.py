@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lrquant.formats import Factors, fake_quantize_weight, quantize_weight
 from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
-from lrquant.formats.fp4 import scale_of_tensor
 from lrquant.formats.gptq import compensating_offsets
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import edits_of
@@ -46,10 +45,10 @@ def gptq_offsets(
             linear: compensating_offsets(
                 by.weights.get(linear, fixed.weight(linear)),
                 moments[linear],
-                fixed.grid_of(linear),
+                fixed.format_of(linear),
                 by.factors[linear],
                 fixed.storage_dtype,
-                by.wholes[linear],
+                by.global_scales[linear],
             )
             for linear in fixed.linears
         }
@@ -68,16 +67,19 @@ def _factors(edits: Edits, linear: str) -> Factors:
     )
 
 
-def _wholes(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor | None]:
-    """NVFP4's scale of every whole weight, (1,) each; the same for weights that runtimes fuse, which have one input."""
-    if fixed.grid is None or not fixed.grid.has_whole:
+def _global_scales(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor | None]:
+    """The global scale of every weight, (1,) each; the same for weights that runtimes fuse, which have one input."""
+    if fixed.format is None or not fixed.format.scales.has_global:
         return dict.fromkeys(fixed.linears)
     most: dict[str, Tensor] = {}
     for linear in fixed.linears:
         found = largest_weight(edits.weight.get(linear, fixed.weight(linear)), _factors(edits, linear))
         first = fixed.together.get(linear, linear)
         most[first] = found if first not in most else torch.maximum(most[first], found)
-    return {linear: scale_of_tensor(most[fixed.together.get(linear, linear)]) for linear in fixed.linears}
+    return {
+        linear: fixed.format.global_scale(most[fixed.together.get(linear, linear)], fixed.storage_dtype)
+        for linear in fixed.linears
+    }
 
 
 class Prepared(NamedTuple):
@@ -86,7 +88,7 @@ class Prepared(NamedTuple):
     vectors: dict[str, Tensor]  # parameter name → norm weight, norm bias or linear bias, as the checkpoint rounds it
     factors: dict[str, Factors]  # by linear
     multipliers: dict[str, Tensor]  # by linear, (out, in): factors on dequantized weights
-    wholes: dict[str, Tensor | None]  # by linear, (1,): NVFP4's scale of the whole weight
+    global_scales: dict[str, Tensor | None]  # by linear, (1,), where the format has one
     weights: dict[str, Tensor]  # by linear, (out, in): in place of its own
 
 
@@ -97,7 +99,7 @@ def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: to
         {name: value.to(fixed.storage_dtype).to(dtype) for name, value in vectors.items()},
         {linear: _factors(edits, linear) for linear in fixed.linears},
         edits.multiplier,
-        _wholes(fixed, edits),
+        _global_scales(fixed, edits),
         edits.weight,
     )
 
@@ -108,14 +110,14 @@ def rounded_weights(
     """Fake-quantized `weights`, each (out, in) by its parameter's name, in the precision of the products."""
     result = {}
     for linear in fixed.linears:
-        weight, grid = by.weights.get(linear, weights[f"{linear}.weight"]), fixed.grid_of(linear)
-        factors, whole = by.factors[linear], by.wholes[linear]
+        weight, format = by.weights.get(linear, weights[f"{linear}.weight"]), fixed.format_of(linear)
+        factors, global_scale = by.factors[linear], by.global_scales[linear]
         if linear in by.multipliers:
-            weight = fake_quantize_weight(weight, grid, factors, fixed.storage_dtype, whole=whole)
+            weight = fake_quantize_weight(weight, format, factors, fixed.storage_dtype, global_scale=global_scale)
             weight = (weight * by.multipliers[linear]).to(fixed.product_dtype).to(dtype)
         else:
             weight = fake_quantize_weight(
-                weight, grid, factors, fixed.storage_dtype, fixed.product_dtype, product, whole
+                weight, format, factors, fixed.storage_dtype, fixed.product_dtype, product, global_scale
             )
         result[f"{linear}.weight"] = weight
     return result
@@ -131,7 +133,7 @@ def quantized_parameters(
 
     `product`: another precision for the quantized weights, that of the matrix products.
     """
-    if fixed.grid is None:
+    if fixed.format is None:
         return {name: value.to(dtype) for name, value in transformed_parameters(fixed, learnables).items()}
     by = prepared(fixed, learnables, dtype)
     return by.vectors | rounded_weights(fixed, fixed.tensors, by, dtype, product or dtype)
@@ -146,27 +148,27 @@ def transformed_parameters(fixed: BlockParameters, learnables: Mapping[str, Tens
 class FrozenBlock:
     """A block's final parameters: quantized weights, and everything that stays in floating point."""
 
-    weights: Mapping[str, QuantizedWeight]  # linear → integers, scales, zero points
+    weights: Mapping[str, QuantizedWeight]  # linear → codes, scales, zero points
     dense: Mapping[str, Tensor]  # parameter name → values in the storage dtype
     product_dtype: torch.dtype = torch.float32
-    input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear → NVFP4's scale of its input, (1,)
+    input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear → its input's global scale, (1,)
 
     def floating_point(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything that is not integers, by name."""
+        """Everything that is not codes or zero points, by name."""
         yield from self.dense.items()
         for linear, weight in self.weights.items():
             for part, value in weight._asdict().items():
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if part != "codes" and isinstance(value, Tensor) and value.is_floating_point():
                     yield f"{linear}.{part}", value
 
     def cpu(self) -> "FrozenBlock":
         """The same in host memory."""
         weights = {
             name: weight._replace(
-                integers=weight.integers.cpu(),
+                codes=weight.codes.cpu(),
                 scale=weight.scale.cpu(),
                 zero=None if weight.zero is None else weight.zero.cpu(),
-                whole=None if weight.whole is None else weight.whole.cpu(),
+                global_scale=None if weight.global_scale is None else weight.global_scale.cpu(),
             )
             for name, weight in self.weights.items()
         }
@@ -199,22 +201,22 @@ class _Parameters(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBlock:
-    """Integers, scales and zero points of the learned block; dense weights where a learnable fits into none of them."""
-    if fixed.grid is None:
+    """Codes, scales and zero points of the learned block; dense weights where a learnable fits into none of them."""
+    if fixed.format is None:
         dense = transformed_parameters(fixed, learnables)
         return FrozenBlock({}, {name: value.to(fixed.storage_dtype) for name, value in dense.items()})
     edits = edits_of(fixed, learnables)
     dense = dict(fixed.tensors) | dict(applied(fixed.tensors, edits).vectors)
-    wholes = _wholes(fixed, edits)
+    global_scales = _global_scales(fixed, edits)
     weights = {}
     for linear in fixed.linears:
         own = dense.pop(f"{linear}.weight")
         weight = quantize_weight(
             edits.weight.get(linear, own),
-            fixed.grid_of(linear),
+            fixed.format_of(linear),
             _factors(edits, linear),
             fixed.storage_dtype,
-            wholes[linear],
+            global_scales[linear],
         )
         if linear in edits.multiplier:
             dense[f"{linear}.weight"] = weight.dequantized() * edits.multiplier[linear]

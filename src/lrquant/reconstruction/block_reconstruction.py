@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.errors import UsageError
-from lrquant.formats import kernels
-from lrquant.formats.activation_quant import quantized_activations, set_whole
+from lrquant.formats import format_of, kernels
+from lrquant.formats.activation_quant import quantized_activations, set_global_scale
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
 from lrquant.reconstruction.block_forward import BlockForward
@@ -101,8 +101,10 @@ class BlockReconstruction:
                 now = self.calls.fixed_function(run.present.blocks[self.place], self.quantized, targets, recipe.loss)
                 learned = or_present(learned, now, run.samples, self.calls.batch, run.ranks)
             frozen = freeze(fixed, learned.learnables)
-            if recipe.scheme.has_static_inputs:
-                frozen = replace(frozen, input_scales=self.calls.input_scales(self.quantized, frozen))
+            if recipe.scheme.inputs is not None and recipe.scheme.has_static_inputs:
+                format = format_of(recipe.scheme.inputs)
+                scales = self.calls.input_scales(self.quantized, frozen, format, run.storage_dtype)
+                frozen = replace(frozen, input_scales=scales)
         if learned.outcome == "kept present":
             assert run.present is not None
             cosine = self._advance(run.present.blocks[self.place], run.present.scales(self.place), flat)
@@ -137,7 +139,7 @@ class BlockReconstruction:
         """The block takes on `parameters`, and x̂ its answer; returns the mean cosine between the streams."""
         _replace(self.block, parameters)
         for name, scale in input_scales.items():  # from now on
-            set_whole(self.block.get_submodule(name), scale)
+            set_global_scale(self.block.get_submodule(name), scale)
         input_args = linear_input_args(self.block, self.run.recipe.scheme.inputs, self.run.recipe, flat)
         with quantized_activations(self.block, input_args, self.run.attention_args):
             cosine = self.calls.advance(self.quantized, self.full_precision)

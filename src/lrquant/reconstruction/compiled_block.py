@@ -149,7 +149,7 @@ class CompiledBlocks:
 
     def of(self, block: nn.Module, fixed: BlockParameters) -> CompiledBlock | None:
         """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use."""
-        if not self._useful() or fixed.grid is None or fixed.bits:  # each choice of bits would need a graph of its own
+        if not self._useful() or fixed.format is None or fixed.formats:  # each choice would need a graph of its own
             return None
         kind = _kind(block, fixed)
         if kind not in self.known:
@@ -181,4 +181,4 @@ def _kind(block: nn.Module, fixed: BlockParameters) -> Any:
         for name, module in block.named_modules()
     ]
     shapes = [(name, tensor.shape, tensor.dtype) for name, tensor in block.state_dict(keep_vars=True).items()]
-    return (*modules, *shapes, fixed.linears, fixed.grid, fixed.storage_dtype, fixed.product_dtype)
+    return (*modules, *shapes, fixed.linears, fixed.format, fixed.storage_dtype, fixed.product_dtype)

@@ -1,12 +1,12 @@
 """What stays fixed of a block while it is learned: its own parameters, its transformations, its number format."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lrquant.formats import Grid, Scheme
+from lrquant.formats import NumberFormat, Scheme, format_of
 from lrquant.formats.layout import product_dtype
 from lrquant.transforms import Equivalence
 
@@ -22,16 +22,16 @@ class BlockParameters:
     tensors: Mapping[str, Tensor]  # the block's own parameters by name, float32
     linears: tuple[str, ...]
     equivalences: Sequence[Equivalence]
-    grid: Grid | None  # None: weights stay in floating point
+    format: NumberFormat | None  # of weights; None: they stay in floating point
     storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
     product_dtype: torch.dtype  # in which loaders dequantize (formats.layout)
     together: Mapping[str, str] = field(default_factory=dict)  # linear → the first of those that share its input
-    bits: Mapping[str, int] = field(default_factory=dict)  # of linears whose weights have other bits than `grid`
+    formats: Mapping[str, NumberFormat] = field(default_factory=dict)  # of linears with other ones than `format`
 
-    def grid_of(self, linear: str) -> Grid:
-        """The grid of a linear's weights, where there is one."""
-        assert self.grid is not None
-        return replace(self.grid, bits=self.bits[linear]) if linear in self.bits else self.grid
+    def format_of(self, linear: str) -> NumberFormat:
+        """The format of a linear's weights, where there is one."""
+        assert self.format is not None
+        return self.formats.get(linear, self.format)
 
     def weight(self, linear: str) -> Tensor:
         """A linear's own weight, (out, in), float32."""
@@ -43,6 +43,8 @@ class BlockParameters:
     ) -> "BlockParameters":
         """`scheme` calls linears by their names within `block`."""
         tensors = {name: parameter.detach().float() for name, parameter in block.named_parameters()}
-        grid = Grid.of(scheme.weights) if scheme.weights else None
+        format = format_of(scheme.weights) if scheme.weights else None
+        own = {linear: scheme.of(linear).weights for linear in scheme.bits}
+        formats = {linear: format_of(args) for linear, args in own.items() if args is not None}
         products = product_dtype(scheme, storage_dtype)
-        return cls(tensors, linear_names(block), equivalences, grid, storage_dtype, products, bits=scheme.bits)
+        return cls(tensors, linear_names(block), equivalences, format, storage_dtype, products, formats=formats)

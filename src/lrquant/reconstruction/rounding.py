@@ -44,7 +44,7 @@ def solve(
         lambda epoch, loss: told(place, epoch, loss),
         run.ranks,
     )
-    if recipe.rounding != "gptq" or fixed.grid is None:
+    if recipe.rounding != "gptq" or fixed.format is None:
         return learned
     compensated = _compensated(run, fixed, learned.learnables, stream)
     after = measure(forward, compensated, run.samples, run.batch, run.ranks)

@@ -133,21 +133,21 @@ class Observer(Callback):
         return found
 
     def _look_at_weights(self, looking: "_Looking") -> None:
-        """Weight histograms as the grid sees them, and how much of their range clipping keeps."""
-        grid = looking.decided.fixed.grid
-        if grid is None:
+        """Weight histograms as the number format sees them, and how much of their range clipping keeps."""
+        format = looking.decided.fixed.format
+        if format is None:
             return
         weights = looking.transformed()
         for layer in looking.decided.fixed.linears:
             weight = weights[f"{layer}.weight"]
-            groups = weight.unflatten(-1, (-1, grid.group_size or weight.shape[-1])).float()
+            groups = weight.unflatten(-1, (format.groups(weight.shape[-1]), -1)).float()
             relative = groups / groups.abs().amax(-1, keepdim=True).clamp_min(1e-12)
             edge = HISTOGRAM_EDGE * (1 + 1e-6)
             counts = torch.histc(relative, HISTOGRAM_BINS, -edge, edge)
             self._keep(f"{looking.view.index}|{layer}|histogram", counts / counts.sum())
             shares = Clipping().kept(looking.decided.learned, layer)
             if shares is not None:
-                low, high = shares
+                low, high = (format.per_row(share, len(weight)) for share in shares)
                 kept = [
                     torch.stack([part.quantile(0.1), part.mean(), part.quantile(0.9)])
                     for part in (

@@ -60,7 +60,7 @@ def first_values(fixed: BlockParameters, start: Start) -> Learnables:
     """Everything that the recipe has a block learn, as it starts."""
     values: Learnables = {}
     for learnable in table():
-        if learnable.enabled(start.recipe) and (fixed.grid is not None or not learnable.on_grid):
+        if learnable.enabled(start.recipe) and (fixed.format is not None or not learnable.on_grid):
             values |= learnable.start(fixed, start)
     return values
 

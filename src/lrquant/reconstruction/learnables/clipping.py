@@ -18,7 +18,7 @@ LOW, HIGH = "clip_low", "clip_high"
 
 
 class Clipping(Learnable):
-    """`linear.clip_low` and `.clip_high`: (out, groups, 1), logits of the factors on a group's minimum and maximum."""
+    """`linear.clip_low` and `.clip_high`: (`scale_shape`, 1), logits of the factors on minimum and maximum."""
 
     parts = (LOW, HIGH)
 
@@ -26,13 +26,11 @@ class Clipping(Learnable):
         return recipe.lwc
 
     def start(self, fixed: BlockParameters, start: Start) -> Learnables:
-        assert fixed.grid is not None
-        learnables = {}
+        learnables: Learnables = {}
         for linear in fixed.linears:
             weight = fixed.weight(linear)
-            groups = weight.shape[1] // (fixed.grid.group_size or weight.shape[1])
-            for end in self.parts:
-                learnables[f"{linear}.{end}"] = weight.new_full((weight.shape[0], groups, 1), CLIP_LOGIT)
+            shape = (*fixed.format_of(linear).scale_shape(weight.shape), 1)
+            learnables |= {f"{linear}.{end}": weight.new_full(shape, CLIP_LOGIT) for end in self.parts}
         return learnables
 
     def record(self, fixed: BlockParameters, learnables: Mapping[str, Tensor], edits: Edits) -> None:
@@ -44,7 +42,7 @@ class Clipping(Learnable):
         return clipping_rate(recipe, steps)
 
     def kept(self, learnables: Mapping[str, Tensor], linear: str) -> tuple[Tensor, Tensor] | None:
-        """Shares of a linear's minima and maxima that clipping keeps, (out, groups, 1) each; None: all of them."""
+        """Shares of a linear's minima and maxima that clipping keeps, as its logits; None: all of them."""
         low, high = (learnables.get(f"{linear}.{end}") for end in self.parts)
         return None if low is None or high is None else (low.sigmoid(), high.sigmoid())
 
