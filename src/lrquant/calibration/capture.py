@@ -90,6 +90,11 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
+def _is_cache(value: Any) -> bool:
+    """Whether `value` is a key/value cache, by its class: the argument's name has changed between versions."""
+    return type(value).__name__.endswith("Cache")
+
+
 def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """(hidden states, every other argument by name) of a call of `forward`, however it was written."""
     bound = inspect.signature(forward).bind(*args, **kwargs)
@@ -141,7 +146,7 @@ def capture(
 
     def record(index: int, original: Any, states: Tensor, kwargs: dict[str, Any]) -> Any:
         nonlocal behind, asked, hidden, seen
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "layer_past")}
+        kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
         if "use_cache" in kwargs:
             kwargs["use_cache"] = False
         if index == 0:
