@@ -25,7 +25,7 @@ import lrquant
 from lrquant.architectures import family_of
 from lrquant.calibration.text import calibration_samples, evaluation_ids
 from lrquant.evaluation import perplexity
-from lrquant.loading.block_source import BlockSource
+from lrquant.loading.original import Original
 from lrquant.loading.pretrained import load_model, load_tokenizer
 from lrquant.passes.rotation import rotate_stream
 from lrquant.zoo.scripts.outliers import grow_outliers
@@ -190,7 +190,7 @@ def concentrate_stream(model: Any, samples: list[torch.Tensor]) -> None:
     (stage,) = family_of(model).stages(model)
     rows = torch.cat([hidden / hidden.norm(dim=-1, keepdim=True) for hidden in block_inputs(model, samples)]).double()
     axes = torch.linalg.eigh(rows.T @ rows).eigenvectors
-    rotate_stream(model, stage, axes, BlockSource(model), model.dtype)
+    rotate_stream(Original.in_memory(model, lrquant.Recipe()), stage, axes)
 
 
 def cell(values: list[float]) -> str:

@@ -64,7 +64,7 @@ def main(
         samples = {text: list(ids[: len(ids) // seqlen * seqlen].view(-1, 1, seqlen)) for text, ids in tokens.items()}
 
         def measure(path: Any) -> list[float]:
-            found = lrquant.evaluate(str(path), [test, unseen], seqlen, windows)
+            found = lrquant.evaluate(str(path), [test, unseen], seqlen, limit_windows=windows)
             return [result.value for result in found.values()]
 
         def row(name: str, pairs: list[list[float]]) -> None:
@@ -88,7 +88,8 @@ def main(
                     values = []
                     for data, column in ((test, 0), (seen, 1)):
                         out = here / f"{chosen}-{start}-{column}"
-                        lrquant.adapt(source, model, samples[data], out, chosen, epochs, start)
+                        learning = {"epochs": epochs, "init": start}
+                        lrquant.adapt(source, model, samples[data], save_dir=out, blocks=chosen, **learning)
                         values.append(measure(out)[column])
                     found.setdefault(f"… blocks adapted: {chosen}, {start} start", []).append(values)
                 found.setdefault(f"{format_name}, calibrated on {test}'s train part", []).append(

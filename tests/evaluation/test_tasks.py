@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrquant.entrypoints.vision import evaluate_answers
+from lrquant.entrypoints.evaluate import evaluate_answers
 from lrquant.errors import UsageError
 from lrquant.evaluation import check_tasks, run_tasks
 from lrquant.loading.pretrained import load_model, load_processor, load_tokenizer

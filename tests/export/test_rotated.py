@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path
 
 def test_an_adapted_model_is_rotated_as_the_checkpoint_is(tiny: Path, tmp_path: Path) -> None:
     lrquant.quantize(str(tiny), recipe("stream", "values", "down"), [IDS], save_dir=tmp_path / "out")
-    lrquant.adapt(tmp_path / "out", str(tiny), [IDS], tmp_path / "adapted", epochs=1)
+    lrquant.adapt(tmp_path / "out", str(tiny), [IDS], save_dir=tmp_path / "adapted", epochs=1)
     full = logits(AutoModelForCausalLM.from_pretrained(tiny, dtype="float32"))
     for name in ("out", "adapted"):
         error = (logits(lrquant.load(str(tmp_path / name))) - full).abs().mean() / full.abs().mean()

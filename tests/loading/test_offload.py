@@ -69,7 +69,7 @@ def test_one_block_at_a_time_has_weights(tmp_path: Path, monkeypatch: pytest.Mon
         assert opened[0][0].lm_head.weight.is_meta
         return real(self, *arguments)
 
-    monkeypatch.setattr("lrquant.entrypoints.quantize.open_offloaded", watched)
+    monkeypatch.setattr("lrquant.loading.original.open_offloaded", watched)
     monkeypatch.setattr(BlockForward, "_call", call)
     lrquant.quantize(str(tiny), recipe(), calibration=IDS, save_dir=tmp_path / "out")
     assert set(most) == {1}

@@ -87,7 +87,7 @@ def test_a_run_that_ended_while_tuning_goes_on_to_the_same_bytes(
 ) -> None:
     learned = recipe(method="lrquant-max", wbits=4, abits=8, epochs=1, tuning_epochs=2)
     with monkeypatch.context() as patch:
-        patch.setattr("lrquant.reconstruction.engine.tune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("lrquant.passes.end_to_end.tune", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             lrquant.quantize(str(tiny), learned, IDS, save_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,13 +13,14 @@ from torch.func import functional_call
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.errors import UsageError
-from lrquant.loading.block_source import BlockSource
-from lrquant.passes.rotation import Rotated, rotate, settled
+from lrquant.loading.original import Original
+from lrquant.passes.rotation import resolve_rotation, rotate
 from lrquant.reconstruction.block_parameters import freeze
 from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import Start
 from lrquant.reconstruction.learnables.clipping import Clipping
+from lrquant.reconstruction.result import Rotated
 from lrquant.transforms.hadamard import hadamard, keeping_mean, orthogonal_matrix
 from lrquant.transforms.online import BlockHadamard, add_online_transform
 from tests import models, vision_models
@@ -39,8 +40,18 @@ NO_STREAM = {
 
 def rotated(model: Any, *parts: str, kind: str = "hadamard", seed: int = 0) -> Rotated:
     recipe = Recipe.preset("lrquant", orthogonal=parts, orthogonal_kind=kind, seed=seed)
-    family = family_of(model)
-    return rotate(model, family.stages(model, family.towers), recipe, BlockSource(model), torch.float64)
+    return rotate(original(model), recipe)
+
+
+def original(model: Any) -> Original:
+    """`model` with all its towers, to be stored in its own precision."""
+    return Original.in_memory(model, Recipe.preset("lrquant", towers=family_of(model).towers))
+
+
+def resolved(model: Any, *parts: str) -> tuple[str, ...]:
+    """What the parts come to on `model`."""
+    recipe = Recipe.preset("lrquant", orthogonal=parts)
+    return recipe.changed(**resolve_rotation(original(model), recipe)).orthogonal
 
 
 def tied(model: Any) -> bool:
@@ -77,11 +88,10 @@ def test_parts_beside_the_stream_are_exact_in_every_family(name: str, part: str)
 def test_auto_is_what_costs_nothing_in_every_family(name: str) -> None:
     model = models.build(name)
     before, parameters, was_tied = models.logits(model, IDS), sum(p.numel() for p in model.parameters()), tied(model)
-    family = family_of(model)
-    recipe = settled(model, family.stages(model, family.towers), Recipe.preset("lrquant", orthogonal=("auto",)))
+    parts = resolved(model, "auto")
     free = not was_tied and name not in NO_STREAM and not biased_norms(model)
-    assert recipe.orthogonal == (("stream", "values") if free else ())
-    rotated(model, *recipe.orthogonal)
+    assert parts == (("stream", "values") if free else ())
+    rotated(model, *parts)
     assert deviation(model, before) < EXACT
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert tied(model) == was_tied
@@ -94,18 +104,14 @@ def biased_norms(model: Any) -> bool:
 @pytest.mark.parametrize("name", vision_models.MODELS)
 def test_auto_is_possible_for_every_model_that_sees(name: str) -> None:
     model = vision_models.build(name)
-    family = family_of(model)
-    stages = family.stages(model, family.towers)
-    recipe = settled(model, stages, Recipe.preset("lrquant", orthogonal=("auto",)))
-    if recipe.orthogonal:
-        rotate(model, stages, recipe, BlockSource(model), torch.float64)
+    parts = resolved(model, "auto")
+    if parts:
+        rotated(model, *parts)
 
 
 def test_auto_stands_beside_what_is_named() -> None:
     model = models.build("llama")
-    stages = family_of(model).stages(model)
-    recipe = settled(model, stages, Recipe.preset("lrquant", orthogonal=("down", "auto", "values")))
-    assert sorted(recipe.orthogonal) == ["down", "stream", "values"]
+    assert sorted(resolved(model, "down", "auto", "values")) == ["down", "stream", "values"]
 
 
 @pytest.mark.parametrize("name", NO_STREAM)

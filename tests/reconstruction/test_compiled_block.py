@@ -14,7 +14,6 @@ import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
 from lrquant.calibration import capture
-from lrquant.errors import UsageError
 from lrquant.formats import kernels
 from lrquant.formats.activation_quant import quantized_activations, route_attention
 from lrquant.reconstruction.block_forward import BlockForward
@@ -25,7 +24,6 @@ from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import Start
 from lrquant.reconstruction.learnables.clipping import Clipping
 from lrquant.reconstruction.learnables.rotation_vector import RotationVector
-from lrquant.runtime import execution as speed
 from tests.tiny import write_tiny
 
 CPU = torch.device("cpu")
@@ -134,7 +132,7 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     run = BlockForward(blocks[0], 0, inputs, CPU, 2)
     fixed = BlockParameters.of(blocks[0], (), recipe.scheme, torch.bfloat16)
     targets = [[torch.zeros_like(hidden) for hidden in inputs.hidden]]
-    inputs_args = linear_input_args(blocks[0], recipe.scheme.inputs, recipe, set())
+    inputs_args = linear_input_args(blocks[0], recipe, set())
     with quantized_activations(blocks[0], inputs_args, recipe.scheme.attention), kernels.using("eager"):
         found = []
         for graph in (None, CompiledBlocks(recipe, CPU).of(blocks[0], fixed)):
@@ -163,14 +161,3 @@ def test_the_compiler_is_asked_early_where_it_will_be_needed(
         thread.join()
     assert len(calls) == asked
     assert threading.main_thread() not in calls
-
-
-def test_a_pytorch_that_loses_roundings_is_not_asked_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "COMPILES_EXACTLY", False)
-    monkeypatch.setattr(speed, "WORTH_COMPILING", 0.0)
-    block = Line(64)
-    block.norm = nn.LayerNorm(64)
-    recipe = Recipe.preset("lrquant", wbits=3, abits=16)
-    assert speed.settle(recipe, CPU, [block], 8, 16).kernels == "eager"
-    with pytest.raises(UsageError, match=r"^kernels = compiled: PyTorch .* 2\.13"):
-        speed.settle(recipe.changed(kernels="compiled"), CPU, [block], 8, 16)

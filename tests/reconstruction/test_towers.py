@@ -9,15 +9,19 @@ import torch
 
 from lrquant.architectures import family_of
 from lrquant.calibration.capture import capture
-from lrquant.entrypoints.quantize import _keep_activations_quantized
+from lrquant.entrypoints.preparation import PreparedRun
+from lrquant.entrypoints.resolve import resolve
+from lrquant.entrypoints.results import keep_activations_quantized
 from lrquant.errors import UsageError
 from lrquant.export.compressed_tensors import block_tensors, outside_tensors
 from lrquant.export.saving import sizes_in_memory, write_checkpoint
 from lrquant.loading.auto_class import auto_model, modality_of
 from lrquant.loading.checkpoint import load
+from lrquant.loading.original import Original
+from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import Reconstruction, reconstruct
-from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.result import Reconstruction
+from lrquant.runtime.execution import Machine
 from tests.vision_models import MODELS, MULTIMODAL, build, inputs_of, output_of
 
 
@@ -28,9 +32,11 @@ def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
     if recipe.epochs:
         recipe = recipe.changed(epochs=1)
     samples = inputs_of(name, 3, dtype=torch.float32)
-    device = torch.device("cpu")
-    result = reconstruct(model, family_of(model), recipe, samples, device, torch.float32, Callback())
-    _keep_activations_quantized(model, recipe, result)
+    original, machine = Original.in_memory(model, recipe), Machine(torch.device("cpu"))
+    recipe = resolve(recipe, original, machine, samples=samples, given=None)
+    prepared = PreparedRun(original, recipe, recipe, samples, machine)
+    result = carry_out(prepared.run(prepared.cache("host")))
+    keep_activations_quantized(model, recipe, result)
     return model, result, recipe
 
 
@@ -104,7 +110,7 @@ def test_language_alone_leaves_the_vision_tower_as_it_was(name: str) -> None:
 
 def test_the_second_tower_learns_from_what_the_quantized_first_produces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The quantized stream of the language tower starts as the model with its quantized vision tower says."""
-    from lrquant.reconstruction import engine
+    from lrquant.reconstruction import streams
 
     captured = []
 
@@ -113,7 +119,7 @@ def test_the_second_tower_learns_from_what_the_quantized_first_produces(monkeypa
         captured.append([hidden.clone() for hidden in inputs.hidden])  # the streams are overwritten as they advance
         return inputs
 
-    monkeypatch.setattr(engine, "capture", remembering)
+    monkeypatch.setattr(streams, "capture", remembering)
     model, _, _ = quantized("llava", method="rtn", wbits=4, abits=4, towers=("vision", "language"))
     _, full_precision, behind_quantized = captured
     language = family_of(model).stages(model)[0]

@@ -104,7 +104,7 @@ def text_file(folder: Path) -> str:
 
 def quantized_on(ranks: Ranks, tiny: Path, recipe: Recipe, folder: Path) -> dict[str, Any]:
     result = lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=folder / f"out{ranks.world}")
-    found = lrquant.evaluate(result.model, [text_file(folder)], 32, 7, result.tokenizer)
+    found = lrquant.evaluate(result.model, [text_file(folder)], 32, limit_windows=7, tokenizer=result.tokenizer)
     (perplexity,) = found.values()
     return {
         "bits": result.recipe.layer_bits,
@@ -249,7 +249,7 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
 
     assert on_ranks(4, goes_on, tmp_path) == [[3, 2]] * 4  # three blocks, of which only the last is learned
     assert not run_folder(tmp_path / "out").exists()
-    (perplexity,) = lrquant.evaluate(str(tmp_path / "out"), [text_file(tmp_path)], 32, 2).values()
+    (perplexity,) = lrquant.evaluate(str(tmp_path / "out"), [text_file(tmp_path)], 32, limit_windows=2).values()
     assert math.isfinite(perplexity.value)
 
 

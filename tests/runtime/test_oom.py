@@ -18,13 +18,13 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_knobs_come_in_the_order_that_helps_and_only_where_they_help() -> None:
-    assert knobs(recipe(batch_size=8, seqlen=2048), "device", torch.float32) == [
+    assert knobs(8, 2048, "device", dtype=torch.float32) == [
         "--batch-size 4",
         "--activations host",
         "--seqlen 1024",
         "--dtype bfloat16",
     ]
-    assert knobs(recipe(batch_size=1, seqlen=2), "disk", torch.bfloat16) == []
+    assert knobs(1, 2, "disk", dtype=torch.bfloat16) == []
 
 
 def test_a_real_allocation_that_fails_is_understood() -> None:

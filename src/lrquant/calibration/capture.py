@@ -9,7 +9,7 @@ and the pass costs an embedding. Nothing here knows any family.
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,3 +173,17 @@ def capture(
             except _Enough:
                 pass
     return BlockInputs(hidden, arguments)
+
+
+@torch.no_grad()
+def tokens_of(model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any]) -> int:
+    """Tokens of the hidden states that the first of `blocks` receives when `model` is called with `sample`."""
+    found: list[int] = []
+
+    def look(index: int, original: Any, states: Tensor, named: dict[str, Any]) -> Any:
+        found.append(states.shape[-2])
+        raise _Enough
+
+    with answering(blocks[:1], look), suppress(_Enough):
+        model(**sample)
+    return found[0]

@@ -1,7 +1,10 @@
 """Calibration samples for any model: windows of text, pictures, or pictures with text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from lrquant.calibration.dialogues import ZOO_QUESTIONS, dialogue_samples, is_dialogues
 from lrquant.calibration.images import ZOO_PICTURES, image_samples
@@ -12,9 +15,9 @@ from lrquant.recipe import Recipe
 
 
 def samples_of(
-    modality: Modality, processor: Any, recipe: Recipe, window: Callable[[int | None], int]
-) -> tuple[list[dict[str, Any]], Recipe]:
-    """(keyword arguments of one call per sample, the recipe with what was decided on the way).
+    modality: Modality, processor: Any, recipe: Recipe, *, window: Callable[[int | None], int]
+) -> list[dict[str, Any]]:
+    """Calibration samples as the recipe wants them: keyword arguments of one call each.
 
     `window(seqlen)` gives the tokens of a text sample. A multimodal model may be calibrated on text alone.
 
@@ -27,16 +30,26 @@ def samples_of(
             raise UsageError(
                 f"{source} is text: a vision model is calibrated on a folder of pictures or {ZOO_PICTURES}"
             )
-        return image_samples(processor, source, count, seed), recipe
+        return image_samples(processor, source, count, seed)
     if modality == "image+text":
         if is_dialogues(source):
-            return dialogue_samples(processor, source, count, seed), recipe
+            return dialogue_samples(processor, source, count, seed)
         if source == ZOO_PICTURES:
             raise UsageError(f"{source} has pictures without text: this model takes both, as {ZOO_QUESTIONS} has them")
         if "vision" in (recipe.towers or ()):
             raise UsageError(f"{source} is text: a vision tower is calibrated on {ZOO_QUESTIONS} or a .jsonl file")
         processor = processor.tokenizer
-    recipe = recipe.changed(seqlen=window(recipe.seqlen))
-    assert recipe.seqlen is not None
-    rows = calibration_samples(processor, source, count, recipe.seqlen, seed)
-    return [{"input_ids": row, "use_cache": False} for row in rows], recipe
+    return text_samples(calibration_samples(processor, source, count, window(recipe.seqlen), seed))
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Text that is tokenized already: `rows` of token ids, (1, tokens) each, and what a recipe calls it."""
+
+    rows: Sequence[Tensor]
+    name: str = "token ids given in memory"
+
+
+def text_samples(rows: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Samples of token ids, (1, tokens) each."""
+    return [{"input_ids": row, "use_cache": False} for row in rows]

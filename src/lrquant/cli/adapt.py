@@ -1,6 +1,5 @@
 """`lrquant adapt`: fit a quantized checkpoint to a test set that it was not calibrated on."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +49,7 @@ def adapt(
         check_can_push(push_to_hub)
 
     from lrquant.entrypoints.adapt import adapt
-    from lrquant.entrypoints.quantize import evaluate
+    from lrquant.entrypoints.evaluate import evaluate
     from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
 
@@ -61,15 +60,15 @@ def adapt(
             quantized,
             reference,
             data,
-            save_dir,
-            blocks,
-            epochs,
-            init.value,
-            nsamples,
-            seqlen,
-            device,
-            Callbacks(progress, *trackers, *([observer] if observer else [])),
-            trust_remote_code,
+            save_dir=save_dir,
+            blocks=blocks,
+            callback=Callbacks(progress, *trackers, *([observer] if observer else [])),
+            epochs=epochs,
+            init=init.value,
+            nsamples=nsamples,
+            seqlen=seqlen,
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
 
     def measure(path: str, texts: Sequence[str], most: int | None) -> dict[str, "Perplexity"]:
@@ -78,17 +77,17 @@ def adapt(
                 path,
                 texts,
                 adapted.recipe.seqlen,
-                most,
+                limit_windows=most,
                 device=device,
                 trust_remote_code=trust_remote_code,
-                told=told,
+                callback=told,
             )
 
     before, after = {}, {}
     if eval_ppl:
         before, after = measure(quantized, eval_ppl, limit_windows), measure(str(save_dir), eval_ppl, limit_windows)
     if observer is not None:
-        from lrquant.entrypoints.reporting import report_adapted
+        from lrquant.entrypoints.reporting import Subject, report_adapted
         from lrquant.loading.pretrained import pick_device
 
         shown = before, after
@@ -96,7 +95,8 @@ def adapt(
             shown = measure(quantized, [data], REPORT_WINDOWS), measure(str(save_dir), [data], REPORT_WINDOWS)
         with console.status("Drawing the report"):
             metrics = metrics_of(*shown)
-            report_adapted(adapted, observer, quantized, reference, command_line(), pick_device(device), metrics)
+            subject = Subject(quantized, command_line(), pick_device(device), reference)
+            report_adapted(adapted, observer, subject, metrics=metrics)
     rows = [[f"perplexity {name}", f"{before[name].value:.3f}", f"{after[name].value:.3f}"] for name in before]
     rows += [
         [f"block {record.index}, loss ({record.outcome})", f"{record.initial_loss:.4g}", f"{record.final_loss:.4g}"]
@@ -122,19 +122,3 @@ def adapt(
         with console.status(f"Uploading to {push_to_hub}"):
             address = push(save_dir, push_to_hub, private)
         console.note(f"uploaded: {address}")
-
-
-def perplexity_after_adaptation(
-    quantized: Path, reference: str, texts: Sequence[str], seqlen: int | None, limit_windows: int | None, device: str
-) -> dict[str, "Perplexity"]:
-    """Perplexity on each of `texts` of a copy of `quantized` that was adapted to it and is then thrown away."""
-    from lrquant.entrypoints.adapt import adapt
-    from lrquant.entrypoints.quantize import evaluate
-
-    measured: dict[str, Perplexity] = {}
-    for text in texts:
-        with tempfile.TemporaryDirectory() as folder, console.watching(f"adapting to {text}") as progress:
-            path = Path(folder) / "adapted"
-            adapt(quantized, reference, text, path, seqlen=seqlen, device=device, callback=progress)
-            measured |= evaluate(str(path), [text], seqlen, limit_windows, device=device)
-    return measured

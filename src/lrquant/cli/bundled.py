@@ -29,10 +29,12 @@ class Show:
 
 
 def _perplexities(model: Any, tokenizer: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.entrypoints.quantize import evaluate
+    from lrquant.entrypoints.evaluate import evaluate
     from lrquant.report.run import Metric
 
-    measured = evaluate(model, ("zoo:pydoc", "zoo:pycode"), SEQLEN, limit, tokenizer=tokenizer, told=told)
+    measured = evaluate(
+        model, ("zoo:pydoc", "zoo:pycode"), SEQLEN, limit_windows=limit, tokenizer=tokenizer, callback=told
+    )
     return [
         Metric(name=f"perplexity {name}", before=None, after=result.value, windows_after=list(result.window_losses))
         for name, result in measured.items()
@@ -40,10 +42,10 @@ def _perplexities(model: Any, tokenizer: Any, limit: int, told: Told) -> "list[M
 
 
 def _accuracies(model: Any, processor: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.entrypoints.vision import evaluate_images
+    from lrquant.entrypoints.evaluate import evaluate_images
     from lrquant.report.run import Metric
 
-    result = evaluate_images(model, ["zoo:shapes"], limit, processor, told=told)["zoo:shapes"]
+    result = evaluate_images(model, ["zoo:shapes"], limit, processor=processor, callback=told)["zoo:shapes"]
     return [
         Metric(name="top-1 %", before=None, after=100 * result.top1, better="higher"),
         Metric(name="top-5 %", before=None, after=100 * result.top5, better="higher"),
@@ -52,10 +54,10 @@ def _accuracies(model: Any, processor: Any, limit: int, told: Told) -> "list[Met
 
 
 def _answers(model: Any, processor: Any, limit: int, told: Told) -> "list[Metric]":
-    from lrquant.entrypoints.vision import evaluate_answers
+    from lrquant.entrypoints.evaluate import evaluate_answers
     from lrquant.report.run import Metric
 
-    result = evaluate_answers(model, ["zoo:shapes-vqa"], limit, processor, told=told)["zoo:shapes-vqa"]
+    result = evaluate_answers(model, ["zoo:shapes-vqa"], limit, processor=processor, callback=told)["zoo:shapes-vqa"]
     return [
         Metric(name="exact match %", before=None, after=100 * result.exact_match, better="higher"),
         Metric(name="answer perplexity", before=None, after=result.perplexity),

@@ -22,7 +22,7 @@ from lrquant.errors import UsageError
 from lrquant.reconstruction.callbacks import Callback
 
 if TYPE_CHECKING:
-    from lrquant.reconstruction import BlockRecord
+    from lrquant.reconstruction.records import BlockRecord
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

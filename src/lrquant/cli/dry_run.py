@@ -18,7 +18,9 @@ def show_estimate(
     if not console.speaks():
         return
     with console.status("Trying one block"):
-        found = estimate(model, recipe, device, activations, trust_remote_code, ranks)
+        found = estimate(
+            model, recipe, device, activations=activations, trust_remote_code=trust_remote_code, ranks=ranks
+        )
     where = f"{found.activations}, {console.megabytes(found.activation_bytes)}"
     rows = [
         ["blocks", f"{found.blocks}, with {found.block_parameters / 1e6:,.1f} M parameters"],

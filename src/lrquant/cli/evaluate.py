@@ -55,7 +55,7 @@ def evaluate(
         return
 
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.entrypoints.quantize import evaluate as measure
+    from lrquant.entrypoints.evaluate import evaluate as measure
     from lrquant.loading.auto_class import modality_of
     from lrquant.loading.checkpoint import load
     from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device
@@ -68,7 +68,15 @@ def evaluate(
     measured = {}
     if ppl:
         with console.counting("Measuring perplexity") as told:
-            measured = measure(loaded, ppl, seqlen, limit_windows, tokenizer, device, told=told)
+            measured = measure(
+                loaded,
+                ppl,
+                seqlen,
+                limit_windows=limit_windows,
+                tokenizer=tokenizer,
+                device=device,
+                callback=told,
+            )
     leave()
     if not first:
         return

@@ -19,7 +19,7 @@ from lrquant.cli.options import interruptible
 from lrquant.errors import LrquantError, UsageError
 
 if TYPE_CHECKING:
-    from lrquant.reconstruction import BlockRecord
+    from lrquant.reconstruction.records import BlockRecord
 
 log = logging.getLogger("lrquant")
 
@@ -60,7 +60,7 @@ def statistics(
     from lrquant.calibration import calibration_samples
     from lrquant.export.statistics_file import save_statistics_file
     from lrquant.loading.pretrained import compute_dtype, load_model, load_tokenizer, pick_device
-    from lrquant.reconstruction import gather_statistics
+    from lrquant.reconstruction.block_statistics import gather_statistics
 
     on = pick_device("auto")
     loaded = load_model(model, compute_dtype("auto", on))
@@ -68,7 +68,7 @@ def statistics(
     samples = calibration_samples(load_tokenizer(model), calib_dataset, num_samples, seqlen, seed)
     calls = [{"input_ids": row, "use_cache": False} for row in samples]
     with console.status("Gathering statistics"):
-        gathered = gather_statistics(loaded, family_of(loaded), calls, on)
+        gathered = gather_statistics(loaded, family_of(loaded), calls, device=on)
     for folder, kind in ((scales_output_path, "absmax"), (shifts_output_path, "midpoint")):
         folder.mkdir(parents=True, exist_ok=True)
         save_statistics_file(folder / f"{_short(model)}.safetensors", gathered, (kind,))
@@ -152,10 +152,10 @@ def quantize(
         console.note(f"activations are quantized to {abits} bits, as asked; weight-only is --abits 16")
     os.environ.setdefault("HF_DATASETS_CACHE", str(cache_dir))  # read when `datasets` is imported, below
 
-    from lrquant.cli.adapt import perplexity_after_adaptation
+    from lrquant.cli.after_adaptation import perplexity_after_adaptation
     from lrquant.cli.results import figures, show
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.entrypoints.quantize import evaluate
+    from lrquant.entrypoints.evaluate import evaluate
     from lrquant.entrypoints.quantize import quantize as quantize_model
     from lrquant.export import load_learned, save_learned
 
@@ -172,12 +172,12 @@ def quantize(
         target = save_dir or (Path(temporary) / "quantized" if tta else None)
         with _logged_progress(f"{recipe.method} {recipe.format_name}") as progress:
             quantized = quantize_model(
-                model, recipe, None, target, callback=progress, statistics=given, start_from=start_from
+                model, recipe, save_dir=target, callback=progress, statistics=given, start_from=start_from
             )
         save_learned(output_dir / PARAMETERS_FILE, quantized.result.learned, quantized.recipe)
         quantized.recipe.to_yaml(output_dir / "recipe.yaml")
         window = quantized.recipe.seqlen
-        measured = evaluate(quantized.model, texts, window, most, tokenizer=quantized.tokenizer)
+        measured = evaluate(quantized.model, texts, window, limit_windows=most, tokenizer=quantized.tokenizer)
         adapted = {}
         if tta and target:
             others = [text for text in texts if text != calib_dataset]

@@ -313,9 +313,10 @@ def quantize(
     if push_to_hub:
         check_can_push(push_to_hub)
 
-    from lrquant.cli.adapt import perplexity_after_adaptation
+    from lrquant.cli.after_adaptation import perplexity_after_adaptation
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
-    from lrquant.entrypoints.quantize import evaluate, quantize
+    from lrquant.entrypoints.evaluate import evaluate
+    from lrquant.entrypoints.quantize import quantize
     from lrquant.export import load_statistics, save_statistics_file
     from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
@@ -346,10 +347,9 @@ def quantize(
             how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
             window = quantized.recipe.seqlen
             with console.counting("Measuring perplexity") as told:
-                measured = evaluate(
-                    quantized.model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how
-                )
-                original = evaluate(model, eval_ppl, window, limit_windows, quantized.tokenizer, told=told, **how)
+                how |= {"limit_windows": limit_windows, "tokenizer": quantized.tokenizer, "callback": told}
+                measured = evaluate(quantized.model, eval_ppl, window, **how)
+                original = evaluate(model, eval_ppl, window, **how)
         leave()
         if not first:
             return
@@ -362,12 +362,13 @@ def quantize(
         for tracker in trackers:
             tracker.results({f"perplexity {name}": result.value for name, result in measured.items()})
     if observer is not None:
-        from lrquant.entrypoints.reporting import report_quantized
+        from lrquant.entrypoints.reporting import Subject, report_quantized
         from lrquant.loading.pretrained import pick_device
 
         with console.status("Drawing the report"):
             metrics = metrics_of(original, measured, by_task)
-            report_quantized(quantized, observer, model, command_line(), pick_device(device), metrics)
+            subject = Subject(model, command_line(), pick_device(device))
+            report_quantized(quantized, observer, subject, metrics=metrics)
     show(quantized, measured, adapted, original, save_dir / "report.html" if report else None)
     show_tasks(by_task)
     values = figures(quantized, measured, adapted, original)

@@ -11,7 +11,7 @@ from lrquant.cli import console
 if TYPE_CHECKING:
     import torch
 
-    from lrquant.entrypoints.quantize import Quantized
+    from lrquant.entrypoints.results import Quantized
     from lrquant.evaluation import Perplexity, TaskResults
     from lrquant.report.observer import Observer
     from lrquant.report.run import Metric
@@ -57,7 +57,7 @@ def leave_demo_report(
     save_dir: Path | None,
 ) -> Path:
     """A demo's report beside its checkpoint, or, where that is not kept, in the current folder."""
-    from lrquant.entrypoints.reporting import report_quantized
+    from lrquant.entrypoints.reporting import Subject, report_quantized
     from lrquant.report.run import Compared
 
     compared = [
@@ -72,4 +72,5 @@ def leave_demo_report(
     ]
     output = None if save_dir else Path(DEMO_REPORT)
     with console.status("Drawing the report"):
-        return report_quantized(quantized, observer, model, command_line(), device, metrics, compared, output)
+        subject = Subject(model, command_line(), device)
+        return report_quantized(quantized, observer, subject, metrics=metrics, compared=compared, output=output)

@@ -10,13 +10,13 @@ def measure_vision(
     model: str, images: list[str], vqa: list[str], limit: int | None, **how: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Accuracy on each of `images` and answers to each of `vqa`, as tables and as figures."""
-    from lrquant.entrypoints.vision import evaluate_answers, evaluate_images
+    from lrquant.entrypoints.evaluate import evaluate_answers, evaluate_images
 
     figures: dict[str, dict[str, dict[str, float]]] = {}
     if images:
         began = time.perf_counter()
         with console.counting("Measuring accuracy") as told:
-            accuracy = evaluate_images(model, images, limit, told=told, **how)
+            accuracy = evaluate_images(model, images, limit, callback=told, **how)
         rows = [
             [name, f"{100 * r.top1:.2f}", f"{100 * r.top5:.2f}", f"{r.loss:.4f}", str(r.pictures)]
             for name, r in accuracy.items()
@@ -27,7 +27,7 @@ def measure_vision(
     if vqa:
         began = time.perf_counter()
         with console.counting("Asking questions") as told:
-            answers = evaluate_answers(model, vqa, limit, told=told, **how)
+            answers = evaluate_answers(model, vqa, limit, callback=told, **how)
         rows = [
             [name, f"{100 * r.exact_match:.2f}", f"{r.perplexity:.4f}", str(r.questions)] for name, r in answers.items()
         ]

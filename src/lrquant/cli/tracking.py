@@ -12,7 +12,7 @@ from lrquant.errors import UsageError
 from lrquant.reconstruction.callbacks import Callback
 
 if TYPE_CHECKING:
-    from lrquant.reconstruction import BlockRecord
+    from lrquant.reconstruction.records import BlockRecord
 
 RUNS = Path("runs")  # where TensorBoard looks by custom
 

@@ -11,11 +11,12 @@ checkpoint's keeps the checkpoint's.
 """
 
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import yaml
@@ -23,17 +24,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lrquant.architectures import family_of
+from lrquant.calibration.samples import TokenIds
 from lrquant.calibration.text import evaluation_ids
+from lrquant.entrypoints.preparation import pick_machine, prepare
+from lrquant.entrypoints.results import Adapted
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export import check_save_dir
 from lrquant.export.compressed_tensors import INPUT_SCALES, needs_whole_weights, pack_block
 from lrquant.export.saving import whole_directory
 from lrquant.loading.checkpoint import load, saved_recipe
-from lrquant.loading.pretrained import compute_dtype, load_model, load_tokenizer, pick_device, stored_dtype, window
+from lrquant.loading.original import Original
+from lrquant.loading.pretrained import load_config, load_tokenizer, stored_dtype, window
+from lrquant.passes.adaptation import Present
+from lrquant.passes.pipeline import BLOCKS, carry_out
+from lrquant.passes.rotation import ROTATION
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import BlockRecord, Present, reconstruct
 from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.result import Reconstruction
 from lrquant.report.run import FOLDER, PAGE
 from lrquant.runtime.files import write_sums
 
@@ -48,115 +55,154 @@ Block{plural} {blocks} of this checkpoint {were} adapted to `{data}` ({nsamples}
 """
 
 
-@dataclass
-class Adapted:
-    """An adapted checkpoint, and how it came about."""
+class AdaptOptions(TypedDict, total=False):
+    """How the chosen blocks are learned again.
 
-    saved_to: Path
-    recipe: Recipe  # how the chosen blocks were learned
-    blocks: tuple[int, ...]  # those that were chosen
-    records: list[BlockRecord]
-    seconds: float
+    epochs: passes over the test samples per block; 5.
+    init: where smoothing starts: `neutral`, or `log` or `smoothquant` from the test set's statistics.
+    nsamples: at most so many windows, spread evenly over the text; 128.
+    seqlen: tokens per window; None: as the checkpoint was calibrated.
+    device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
+    trust_remote_code: whether code that comes with the model may run; False unless given.
+    """
+
+    epochs: int
+    init: str
+    nsamples: int | None
+    seqlen: int | None
+    device: str
+    trust_remote_code: bool
 
 
 def adapt(
     quantized: str | Path,
     reference: str | Path,
     data: str | Sequence[Tensor],
+    *,
     save_dir: str | Path,
     blocks: str = "last",
-    epochs: int = 5,
-    init: str = "neutral",
-    nsamples: int | None = None,
-    seqlen: int | None = None,
-    device: str = "auto",
     callback: Callback | None = None,
-    trust_remote_code: bool = False,
+    **options: Unpack[AdaptOptions],
 ) -> Adapted:
     """Adapt the checkpoint `quantized` to `data` and write the result to `save_dir`.
 
-    >>> lrquant.adapt("llama-w4a4", "zoo:llama", "zoo:pydoc", "llama-w4a4-pydoc")
+    >>> lrquant.adapt("llama-w4a4", "zoo:llama", "zoo:pydoc", save_dir="llama-w4a4-pydoc")
 
     Args:
         quantized: a folder that lrquant wrote; it is only read.
         reference: the full-precision model that it was made from.
         data: a text by name or path, whose evaluation part is used, or token ids, (1, tokens) each.
         blocks: `last`, `all`, or indices such as `0,4,5` (from the end: -1).
-        init: where smoothing starts: `neutral`, or `log` or `smoothquant` from the test set's statistics.
-        nsamples: at most so many windows, spread evenly over the text; None: 128.
-        seqlen: tokens per window; None: as the checkpoint was calibrated.
+        callback: hears of progress (`lrquant.reconstruction.callbacks`).
+        options: `AdaptOptions`.
 
     Raises:
         UsageError, LrquantError: one line each; nothing is left behind.
     """
     began = time.perf_counter()
-    target = check_save_dir(save_dir)
-    source = Path(quantized)
+    unknown = options.keys() - AdaptOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown argument {min(unknown)!r}: there are {', '.join(AdaptOptions.__annotations__)}")
+    target, source, trust = check_save_dir(save_dir), Path(quantized), options.get("trust_remote_code", False)
+    recipe = _adaptable_recipe(source)
+    machine = pick_machine(recipe, options.get("device", "auto"), shared=False)
+    given = _test_samples(source, reference, data, seqlen=recipe.seqlen, options=options)
+    prepared = prepare(
+        reference, _learning(recipe, given, options), machine, calibration=given, trust_remote_code=trust
+    )
+    original = replace(prepared.original, storage_dtype=stored_dtype(str(source), trust))
+    prepared = replace(prepared, original=original)
+    present = _present(load(str(source), machine.dtype, trust), original, blocks)
+    cache = prepared.cache("host", Path(tempfile.gettempdir()))
+    run = prepared.run(cache, callback=callback or Callback(), providers=present.providers())
+    result = carry_out(run, [ROTATION, BLOCKS] if ROTATION.applies(run.recipe) else [BLOCKS])
+    adapted = Adapted(target, result.recipe, tuple(sorted(present.relearned)), result.records, 0.0)
+    _write(source, adapted, result, original=original)
+    adapted.seconds = time.perf_counter() - began
+    return adapted
+
+
+def _adaptable_recipe(source: Path) -> Recipe:
+    """The recipe of the checkpoint `source`.
+
+    Raises:
+        UsageError: lrquant did not write it, or it has nothing to learn.
+    """
     recipe = saved_recipe(str(source)) if source.is_dir() else None
     if recipe is None:
-        raise UsageError(f"{quantized}: not a checkpoint that lrquant wrote (a folder with recipe.yaml)")
+        raise UsageError(f"{source}: not a checkpoint that lrquant wrote (a folder with recipe.yaml)")
     if not (recipe.let or recipe.lwc or recipe.rotation):
-        raise UsageError(f"{quantized}: method {recipe.method} has nothing to learn, so nothing to adapt")
-    on = pick_device(device)
-    dtype = compute_dtype(recipe.dtype, on)
-    original = load_model(str(reference), dtype, trust_remote_code)
-    if getattr(original.config, "quantization_config", None):
-        raise UsageError(f"{reference}: is quantized itself; the reference is the full-precision original")
-    family = family_of(original)
-    stages = family.stages(original, recipe.towers)
-    paths = [f"{stage.path}.{index}" for stage in stages for index in range(len(stage.blocks(original)))]
-    loaded = load(str(source), dtype, trust_remote_code)
-    present = block_parameters(loaded, original, paths)
-    input_scales = [input_scales_of(loaded.get_submodule(path)) for path in paths]
-    chosen = parse_blocks(blocks, len(present))
-    if isinstance(data, str):
-        seqlen = window(original.config, seqlen or recipe.seqlen)
-        samples = adaptation_samples(
-            load_tokenizer(str(source), trust_remote_code), data, seqlen, nsamples or MOST_SAMPLES
-        )
-    else:
-        samples = list(data)
-    recipe = recipe.changed(
-        calibration=data if isinstance(data, str) else "token ids given in memory",
-        nsamples=len(samples),
-        seqlen=samples[0].shape[1],
-        epochs=epochs,
-        init=init,
+        raise UsageError(f"{source}: method {recipe.method} has nothing to learn, so nothing to adapt")
+    return recipe
+
+
+def _learning(recipe: Recipe, given: TokenIds, options: AdaptOptions) -> Recipe:
+    """The checkpoint's recipe as its blocks are learned again, on this machine."""
+    return recipe.changed(
+        seqlen=given.rows[0].shape[1],
+        epochs=options.get("epochs", 5),
+        init=options.get("init", "neutral"),
         loss="mse+nlc",
         two_branch=False,
         dynamic_loss=False,
         tuning_epochs=0,
+        products="auto",
+        kernels="auto",
     )
-    storage_dtype = stored_dtype(str(source), trust_remote_code)
-    calls = [{"input_ids": row, "use_cache": False} for row in samples]
-    result = reconstruct(
-        original,
-        family,
-        recipe,
-        calls,
-        on,
-        storage_dtype,
-        callback or Callback(),
-        present=Present(present, frozenset(chosen), input_scales),
-    )
+
+
+def _test_samples(
+    source: Path,
+    reference: str | Path,
+    data: str | Sequence[Tensor],
+    *,
+    seqlen: int | None,
+    options: AdaptOptions,
+) -> TokenIds:
+    """The test set's windows."""
+    if not isinstance(data, str):
+        return TokenIds(list(data))
+    trust = options.get("trust_remote_code", False)
+    config = load_config(str(reference), trust).get_text_config()
+    length = window(config, options.get("seqlen") or seqlen)
+    tokenizer = load_tokenizer(str(source), trust)
+    return TokenIds(adaptation_samples(tokenizer, data, length, most=options.get("nsamples") or MOST_SAMPLES), data)
+
+
+def _present(loaded: Any, original: Original, blocks: str) -> Present:
+    """The checkpoint's blocks as they are, those of `blocks` to be learned again."""
+    paths = [f"{stage.path}.{index}" for stage in original.stages for index in range(len(stage.blocks(original.model)))]
+    present = block_parameters(loaded, original.model, paths)
+    input_scales = [input_scales_of(loaded.get_submodule(path)) for path in paths]
+    return Present(present, frozenset(parse_blocks(blocks, len(present))), input_scales)
+
+
+def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: Original) -> None:
+    """The checkpoint `source` with the blocks that answer better, beside what was done."""
+    scheme, paths = result.recipe.stored_scheme, result.block_paths
     better = [record.index for record in result.records if record.outcome != "kept present"]
     tensors = {
         f"{paths[index]}.{name}": tensor
         for index, frozen in zip(better, result.frozen, strict=True)
         for name, tensor in pack_block(
             frozen,
-            recipe.stored_scheme.within(paths[index]),
-            storage_dtype,
-            needs_whole_weights(original, paths[index]),
+            scheme.within(paths[index]),
+            original.storage_dtype,
+            needs_whole_weights(original.model, paths[index]),
         ).items()
     }
-    facts = {"quantized": str(quantized), "reference": str(reference), "blocks": list(chosen), "replaced": better}
-    with whole_directory(target) as folder:
+    facts = {
+        "quantized": str(source),
+        "reference": original.name,
+        "blocks": list(adapted.blocks),
+        "replaced": better,
+        "recipe": result.recipe.model_dump(),
+    }
+    with whole_directory(adapted.saved_to) as folder:
         copy_with_replacements(source, folder, tensors)
         write_sums(folder)
-        (folder / ADAPTATION_FILE).write_text(yaml.safe_dump(facts | {"recipe": recipe.model_dump()}, sort_keys=False))
-        _extend_card(folder / "README.md", recipe, chosen, str(reference))
-    return Adapted(target, recipe, chosen, result.records, time.perf_counter() - began)
+        (folder / ADAPTATION_FILE).write_text(yaml.safe_dump(facts, sort_keys=False))
+        _extend_card(folder / "README.md", result.recipe, adapted.blocks, reference=original.name)
 
 
 def parse_blocks(wanted: str, count: int) -> tuple[int, ...]:
@@ -172,7 +218,7 @@ def parse_blocks(wanted: str, count: int) -> tuple[int, ...]:
     return tuple(sorted({index % count for index in indices}))
 
 
-def adaptation_samples(tokenizer: Any, data: str, seqlen: int, most: int) -> list[Tensor]:
+def adaptation_samples(tokenizer: Any, data: str, seqlen: int, *, most: int) -> list[Tensor]:
     """Windows of the evaluation text, (1, seqlen) each, as perplexity cuts them; at most `most`, spread evenly."""
     ids = evaluation_ids(tokenizer, data)
     rows = ids[: len(ids) // seqlen * seqlen].view(-1, 1, seqlen)
@@ -239,7 +285,7 @@ def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Ten
         raise LrquantError(f"{source}: the checkpoint has no {next(iter(left))}; it is not laid out as lrquant does")
 
 
-def _extend_card(card: Path, recipe: Recipe, chosen: Sequence[int], reference: str) -> None:
+def _extend_card(card: Path, recipe: Recipe, chosen: Sequence[int], *, reference: str) -> None:
     plural, were = ("s", "were") if len(chosen) > 1 else ("", "was")
     text = _CARD.format(
         plural=plural,

@@ -12,8 +12,8 @@ stands for what they will be, and the pass that measures them is not counted.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -22,35 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrquant.architectures import family_of
 from lrquant.calibration.activation_cache import ActivationStore, Where
-from lrquant.calibration.samples import samples_of
-from lrquant.errors import UsageError
+from lrquant.entrypoints.preparation import PreparedRun, check_shared, pick_machine, prepare
 from lrquant.export.compressed_tensors import buffers_of, needs_whole_weights, pack_block
 from lrquant.export.shards import MOST_BYTES
-from lrquant.loading.auto_class import modality_of
-from lrquant.loading.block_source import BlockSource
-from lrquant.loading.offload import open_offloaded
-from lrquant.loading.pretrained import (
-    compute_dtype,
-    fetched_folder,
-    load_model,
-    load_processor,
-    pick_device,
-    stored_dtype,
-    window,
-)
+from lrquant.loading.pretrained import fetched_folder
 from lrquant.loading.validation import weight_files
+from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import BlockRecord, reconstruct
 from lrquant.reconstruction.block_optimizer import MOST_MEASURED
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.journal import FinishedBlock, Journal
-from lrquant.runtime.distributed import local_world
-from lrquant.runtime.execution import settle
+from lrquant.reconstruction.records import BlockRecord
+from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
-from lrquant.runtime.oom import advised, knobs
 
 STEPS = 4  # of learning that are tried
 PASSES_OF_TUNING = 4  # forward passes that a step of tuning takes as long as: forward, again, and backward
@@ -77,9 +63,10 @@ class Estimate:
 
 
 def estimate(
-    model: str,
+    model: Any,
     recipe: Recipe,
     device: str = "auto",
+    *,
     activations: Where = "auto",
     trust_remote_code: bool = False,
     ranks: int = 1,
@@ -89,77 +76,107 @@ def estimate(
     Raises:
         UsageError, LrquantError: as `quantize` would.
     """
-    began = time.perf_counter()
-    memory = PeakMemory()
-    on = pick_device(device)
-    dtype = compute_dtype(recipe.dtype, on)
-    streamed = (
-        None if recipe.also or recipe.tuning_epochs else open_offloaded(model, dtype, recipe.towers, trust_remote_code)
-    )
-    whole = streamed[0] if streamed is not None else load_model(model, dtype, trust_remote_code)
-    if getattr(whole.config, "quantization_config", None):
-        raise UsageError(f"{model}: already quantized; quantize the original model")
-    block_source = streamed[1] if streamed is not None else BlockSource(whole, keeps=False)
-    storage_dtype = stored_dtype(model, trust_remote_code)
-    family = family_of(whole)
-    blocks = [block for stage in family.stages(whole, recipe.towers) for block in stage.blocks(whole)]
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
-    parameters = sum(parameter.numel() for parameter in whole.parameters())
-    firsts, place = [], 0
-    for stage in family.stages(whole, recipe.towers):
-        firsts.append(place)
-        place += len(stage.blocks(whole))
+    began, memory = time.perf_counter(), PeakMemory()
+    check_shared(recipe, None, Ranks(0, ranks))
+    machine = pick_machine(recipe, device, shared=False)
+    prepared = prepare(model, recipe, machine, in_memory=False, trust_remote_code=trust_remote_code)
+    mine = -(-prepared.recipe.nsamples // ranks)
+    tried = _tried(prepared, ranks)
+    cache = prepared.cache(activations, samples=mine)
+    firsts = frozenset(place.index for place in prepared.original.places if place.within == 0)
+    trial = _Trial(firsts, prepared.original.storage_dtype, prepared.recipe)
+    clock = _Clock(len(tried.samples))
+    guess = _Extrapolation(prepared, trial, clock, cache, mine, opened=time.perf_counter() - began)
+    with prepared.advising(cache):
+        carry_out(tried.run(_InMemory(cache, machine.device), journal=trial, callback=clock))
+    return guess.estimate(memory.peak_bytes())
 
-    mine, batch = -(-recipe.nsamples // ranks), max(1, min(recipe.batch_size, recipe.nsamples) // ranks)
-    modality, config = modality_of(whole), whole.config.get_text_config()
-    processor = load_processor(model, modality, trust_remote_code)
-    samples, recipe = samples_of(modality, processor, recipe, lambda seqlen: window(config, seqlen))
-    samples = samples[:batch]
-    streams = 2 + recipe.two_branch
-    store = ActivationStore(activations, on, Path(), mine, streams, local_world())
-    clock, trial = _Clock(), _Trial(frozenset(firsts), storage_dtype, recipe)
-    tokens = recipe.seqlen or 1
-    tried = settle(recipe, on, blocks, recipe.nsamples, tokens).changed(
-        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0
+
+def _tried(prepared: PreparedRun, ranks: int) -> PreparedRun:
+    """One step's worth of samples, for a few steps; what comes after the blocks is left out."""
+    recipe = prepared.recipe
+    batch = max(1, min(recipe.batch_size, recipe.nsamples) // ranks)
+    tried = recipe.changed(
+        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0, also=()
     )
-    tried = tried.model_copy(update={"also": ()})
-    opened = time.perf_counter() - began
-    with advised(lambda: knobs(recipe, store.where, dtype)):
-        reconstruct(
-            whole, family, tried, samples, on, storage_dtype, clock, journal=trial, block_source=block_source,
-            store=_InMemory(store, on),
-        )  # fmt: skip
-    steps = recipe.epochs * -(-recipe.nsamples // recipe.batch_size) if recipe.learns else 0
-    seconds, checkpoint, work = opened, 0.0, 0.0
-    for index, size in enumerate(sizes):
-        first = max(place for place in firsts if place <= index)
-        like = size / max(1, sizes[first])
-        seconds += like * clock.block_seconds(first, steps, mine, batch, streams)
-        seconds += like * clock.forward(first, batch) * PASSES_OF_TUNING * mine * recipe.tuning_epochs
-        packed = trial.packed[first] if recipe.target_bits is None else sizes[first] * recipe.target_bits / 8
-        checkpoint += like * packed
-        work += like * (packed + trial.kept[first] - trial.packed[first])
-    checkpoint += (parameters - sum(sizes)) * storage_dtype.itemsize
-    per_sample = store.bytes_expected // (mine * streams)
-    held = max(0, mine - batch) * streams * per_sample
-    in_memory = store.where == "host" if on.type != "cpu" else store.where != "disk"
-    counted = in_memory if on.type == "cpu" else store.where == "device"
-    head = 0 if streamed is None else min(MOST_BYTES, int(checkpoint))
-    integers = sum(sizes) if recipe.tuning_epochs else 0  # of the whole model, a byte each
-    folder = fetched_folder(model)
-    return Estimate(
-        blocks=len(blocks),
-        block_parameters=sum(sizes),
-        parameters=parameters,
-        read_bytes=sum(file.stat().st_size for file in weight_files(folder)) if folder else parameters * 2,
-        checkpoint_bytes=int(checkpoint),
-        work_bytes=int(work),
-        activations=store.where,
-        activation_bytes=store.bytes_expected,
-        peak_memory_bytes=memory.peak_bytes() + integers + (held if counted else 0) + (head if on.type == "cpu" else 0),
-        step_seconds=clock.step(firsts[0]),
-        seconds=seconds,
-    )
+    return replace(prepared, recipe=tried, samples=prepared.samples[:batch])
+
+
+@dataclass
+class _Extrapolation:
+    """From the first block of every stage to all of them, and from a few samples to all; made before the trial.
+
+    Args:
+        mine: samples of one process.
+        opened: seconds until the first block.
+    """
+
+    prepared: PreparedRun
+    trial: "_Trial"
+    clock: "_Clock"
+    cache: ActivationStore
+    mine: int
+    opened: float
+
+    def __post_init__(self) -> None:
+        model = self.prepared.original.model
+        blocks = [model.get_submodule(place.path) for place in self.prepared.original.places]
+        self.sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def estimate(self, peak_bytes: int) -> Estimate:
+        """Once the trial is over; `peak_bytes` is its peak memory."""
+        original = self.prepared.original
+        checkpoint, work = self._bytes()
+        folder = fetched_folder(original.name)
+        return Estimate(
+            blocks=len(self.sizes),
+            block_parameters=sum(self.sizes),
+            parameters=self.parameters,
+            read_bytes=sum(file.stat().st_size for file in weight_files(folder)) if folder else self.parameters * 2,
+            checkpoint_bytes=checkpoint,
+            work_bytes=work,
+            activations=self.cache.where,
+            activation_bytes=self.cache.bytes_expected,
+            peak_memory_bytes=peak_bytes + self._more_memory(checkpoint),
+            step_seconds=self.clock.step(0),
+            seconds=self._seconds(),
+        )
+
+    def _parts(self) -> Iterator[tuple[int, float]]:
+        """Of every block, the first one of its stage and how many times larger it is than that."""
+        for place, size in zip(self.prepared.original.places, self.sizes, strict=True):
+            first = place.index - place.within
+            yield first, size / max(1, self.sizes[first])
+
+    def _seconds(self) -> float:
+        recipe, clock, streams = self.prepared.recipe, self.clock, self.prepared.streams
+        steps = recipe.epochs * -(-recipe.nsamples // recipe.batch_size) if recipe.learns else 0
+        seconds = self.opened
+        for first, like in self._parts():
+            seconds += like * clock.block_seconds(first, steps, samples=self.mine, streams=streams)
+            seconds += like * clock.forward(first) * PASSES_OF_TUNING * self.mine * recipe.tuning_epochs
+        return seconds
+
+    def _bytes(self) -> tuple[int, int]:
+        """(the checkpoint's tensors, finished blocks beside it until it is whole)."""
+        recipe, trial = self.prepared.recipe, self.trial
+        checkpoint = work = 0.0
+        for first, like in self._parts():
+            packed = trial.packed[first] if recipe.target_bits is None else self.sizes[first] * recipe.target_bits / 8
+            checkpoint += like * packed
+            work += like * (packed + trial.kept[first] - trial.packed[first])
+        checkpoint += (self.parameters - sum(self.sizes)) * self.prepared.original.storage_dtype.itemsize
+        return int(checkpoint), int(work)
+
+    def _more_memory(self, checkpoint: int) -> int:
+        """Bytes that the run holds and the trial did not: hidden states, integers, a shard being written."""
+        on_cpu = self.prepared.machine.device.type == "cpu"
+        counted = self.cache.where != "disk" if on_cpu else self.cache.where == "device"
+        held = max(0, self.mine - self.clock.tried) * (self.cache.bytes_expected // self.mine)
+        head = min(MOST_BYTES, checkpoint) if self.prepared.original.is_offloaded and on_cpu else 0
+        integers = sum(self.sizes) if self.prepared.keeps_blocks else 0  # of the whole model, a byte each
+        return integers + (held if counted else 0) + head
 
 
 class _InMemory(ActivationStore):
@@ -176,9 +193,10 @@ class _InMemory(ActivationStore):
 
 
 class _Clock(Callback):
-    """When each block began, was decided and ended, and when its epochs ended."""
+    """When each block began, was decided and ended, and when its epochs ended; `tried` samples went through it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tried: int) -> None:
+        self.tried = tried
         self._epochs: dict[int, list[float]] = {}
         self._began: dict[int, float] = {}
         self._decided: dict[int, float] = {}
@@ -205,12 +223,13 @@ class _Clock(Callback):
         ends = self._epochs.get(block, [])
         return median(after - before for before, after in pairwise(ends)) if len(ends) > 1 else 0.0
 
-    def forward(self, block: int, tried: int) -> float:
+    def forward(self, block: int) -> float:
         """Seconds of one sample's way through the quantized block."""
-        return (self._ended[block] - self._decided[block]) / tried
+        return (self._ended[block] - self._decided[block]) / self.tried
 
-    def block_seconds(self, block: int, steps: int, samples: int, tried: int, streams: int) -> float:
-        forward = self.forward(block, tried)
+    def block_seconds(self, block: int, steps: int, *, samples: int, streams: int) -> float:
+        """Seconds of a block with so many steps, samples and streams, by what was seen of `block`."""
+        forward, tried = self.forward(block), self.tried
         measured = 2 * min(samples, MOST_MEASURED) if steps else min(samples, MOST_MEASURED)
         spent = self._done[block] - self._began[block]
         known = len(self._epochs.get(block, [])) * self.step(block) + forward * tried * (streams + (2 if steps else 1))

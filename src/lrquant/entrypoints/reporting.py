@@ -2,19 +2,17 @@
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from lrquant.entrypoints.results import Adapted, Quantized
 from lrquant.evaluation import Perplexity
 from lrquant.report.observer import Observer
 from lrquant.report.run import Compared, Metric, Run, save_run
-
-if TYPE_CHECKING:
-    from lrquant.entrypoints.adapt import Adapted
-    from lrquant.entrypoints.quantize import Quantized
 
 
 def perplexity_metrics(before: dict[str, Perplexity], after: dict[str, Perplexity]) -> list[Metric]:
@@ -32,12 +30,21 @@ def perplexity_metrics(before: dict[str, Perplexity], after: dict[str, Perplexit
     ]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What a report is about: a model by name, how it was called for, and where it ran."""
+
+    model: str
+    command: str
+    device: torch.device
+    reference: str | None = None  # the full-precision model that an adapted one was compared to
+
+
 def report_quantized(
-    quantized: "Quantized",
+    quantized: Quantized,
     observer: Observer,
-    model: str,
-    command: str,
-    device: torch.device,
+    subject: Subject,
+    *,
     metrics: Sequence[Metric] = (),
     compared: Sequence[Compared] = (),
     output: Path | None = None,
@@ -50,10 +57,10 @@ def report_quantized(
         observer,
         Run(
             kind="demo" if compared else "quantize",
-            model=model,
+            model=subject.model,
             method=recipe.method,
             format=recipe.format_name,
-            command=command,
+            command=subject.command,
             recipe=recipe.model_dump(mode="json"),
             seconds=quantized.seconds,
             peak_memory_bytes=quantized.peak_memory_bytes,
@@ -63,21 +70,13 @@ def report_quantized(
             metrics=list(metrics),
             compared=list(compared),
             notes=quantized.notes,
-            **_circumstances(observer, device),
+            **_circumstances(observer, subject.device),
         ),
-        output,
+        output=output,
     )
 
 
-def report_adapted(
-    adapted: "Adapted",
-    observer: Observer,
-    quantized: str,
-    reference: str,
-    command: str,
-    device: torch.device,
-    metrics: Sequence[Metric] = (),
-) -> Path:
+def report_adapted(adapted: Adapted, observer: Observer, subject: Subject, *, metrics: Sequence[Metric] = ()) -> Path:
     """Write the report of `adapted` beside its checkpoint."""
     recipe = adapted.recipe
     return _leave(
@@ -85,16 +84,16 @@ def report_adapted(
         observer,
         Run(
             kind="adapt",
-            model=quantized,
-            reference=reference,
+            model=subject.model,
+            reference=subject.reference,
             method=recipe.method,
             format=recipe.format_name,
-            command=command,
+            command=subject.command,
             recipe=recipe.model_dump(mode="json"),
             seconds=adapted.seconds,
             metrics=list(metrics),
             notes=[f"Adapted blocks: {', '.join(map(str, adapted.blocks))}; every other block is the checkpoint's."],
-            **_circumstances(observer, device),
+            **_circumstances(observer, subject.device),
         ),
     )
 
@@ -112,7 +111,7 @@ def _circumstances(observer: Observer, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _leave(directory: Path, observer: Observer, run: Run, output: Path | None = None) -> Path:
+def _leave(directory: Path, observer: Observer, run: Run, *, output: Path | None = None) -> Path:
     from lrquant.report.page import write_report  # matplotlib, only when something is drawn
 
     save_run(directory, run, observer.measurements)

@@ -1,7 +1,8 @@
 """Quantized checkpoints as files: compressed-tensors, and what lies beside them."""
 
 from lrquant.export.learned_parameters import load_learned, save_learned
-from lrquant.export.saving import Sizes, check_save_dir
+from lrquant.export.saving import check_save_dir
+from lrquant.export.sizes import Sizes
 from lrquant.export.statistics_file import load_statistics, save_statistics_file
 
 __all__ = [

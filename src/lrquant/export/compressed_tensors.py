@@ -17,8 +17,8 @@ from lrquant.errors import UsageError
 from lrquant.formats import Scheme, format_of
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
-from lrquant.reconstruction import Reconstruction
 from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.result import Reconstruction
 from lrquant.transforms.online import transform_config
 
 INPUT_SCALES = (".input_global_scale", ".input_scale")  # of a linear whose input has a calibrated scale

@@ -3,15 +3,13 @@
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from lrquant.export.sizes import Sizes
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import Reconstruction
-
-if TYPE_CHECKING:
-    from lrquant.export.saving import Sizes
+from lrquant.reconstruction.result import Reconstruction
 
 _CARD = """---
 {metadata}---
@@ -55,7 +53,7 @@ def _spread(layer_bits: dict[str, int] | None) -> str:
 
 
 def model_card(
-    base: str, recipe: Recipe, sizes: "Sizes", config: dict[str, Any], result: Reconstruction, auto: str
+    base: str, recipe: Recipe, sizes: Sizes, config: dict[str, Any], result: Reconstruction, auto: str
 ) -> str:
     """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
     own = result.needs_lrquant

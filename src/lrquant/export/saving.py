@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +23,12 @@ from lrquant.export.compressed_tensors import (
 )
 from lrquant.export.model_card import model_card
 from lrquant.export.shards import ShardWriter
+from lrquant.export.sizes import Sizes
 from lrquant.formats import Scheme
 from lrquant.loading.auto_class import auto_model
 from lrquant.recipe import RECIPE_FILE, Recipe
-from lrquant.reconstruction import Reconstruction
+from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime.files import sync_tree, write_sums
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes on disk against bf16, and what a quantized weight costs with its scales and zero points."""
-
-    checkpoint_bytes: int
-    bf16_bytes: int
-    bits_per_weight: float  # over the quantized linears
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller than bf16."""
-        return self.bf16_bytes / self.checkpoint_bytes
 
 
 def check_save_dir(save_dir: str | Path) -> Path:

@@ -17,7 +17,7 @@ and stay; vectors are learned there too.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,27 +28,17 @@ from torch.utils.checkpoint import checkpoint
 from lrquant.calibration.capture import answering
 from lrquant.formats import kernels
 from lrquant.losses import means, no_means
-from lrquant.recipe import Recipe
+from lrquant.passes.definition import Pass
 from lrquant.reconstruction.block_optimizer import learn
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.learnables.end_to_end_factor import EndToEndFactor
-from lrquant.reconstruction.records import Outcome
-from lrquant.runtime.distributed import Ranks
+from lrquant.reconstruction.result import Tuning
+from lrquant.reconstruction.run import Run
 from lrquant.runtime.execution import matrix_products
 
 _FACTOR = EndToEndFactor()
 _BATCHED = {"input_ids", "pixel_values"}  # arguments of a sample whose first dimension is the batch
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What came of it: divergences from the original, in nats per token."""
-
-    initial_loss: float
-    final_loss: float
-    outcome: Outcome
-    epoch_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,56 +56,27 @@ class Whole:
         return [self.model.get_submodule(path) for path in self.paths]
 
 
-def tune(
-    whole: Whole,
-    samples: Sequence[Mapping[str, Any]],
-    originals: Sequence[Tensor],
-    recipe: Recipe,
-    told: Callable[[int, int, float | None], None],
-    ranks: Ranks,
-) -> tuple[list[FrozenBlock], Tuning | None]:
-    """The blocks with tuned scales and vectors, whose values the model holds then; and how it went.
+def tune(run: Run) -> tuple[list[FrozenBlock], Tuning | None]:
+    """The run's blocks with tuned scales and vectors, whose values the model holds then; and how it went.
 
-    `samples` and `originals`, the full-precision model's last hidden states, are this rank's. Activations are being
-    quantized. `told(done, epochs, loss)` hears of every epoch. A model that answers without logits stays as it is.
+    Activations are being quantized. A model that answers without logits stays as it is.
     """
-    recipe = recipe.changed(epochs=recipe.tuning_epochs, two_branch=False, dynamic_loss=False)
-    blocks = [_Tunable(block, frozen, whole) for block, frozen in zip(whole.blocks, whole.frozen, strict=True)]
-    with _outside_on_device(whole):
+    recipe = run.recipe.changed(epochs=run.recipe.tuning_epochs, two_branch=False, dynamic_loss=False)
+    samples, ranks, told = run.own_samples, run.machine.ranks, run.callback.tuned
+    whole = Whole(run.model, run.result.block_paths, run.result.frozen, run.storage_dtype, run.machine.device)
+    with _rest_on_device(whole):
         behind = _behind(whole, samples[0])
         if behind is None:
             return list(whole.frozen), None
+        assert run.full_precision is not None
+        tuning = _Divergence(whole, samples, run.full_precision, behind=behind, products=recipe.products)
         count = int(ranks.sum(torch.tensor(len(samples))))
         batch = recipe.batch_size if ranks.all(_can_be_joined(samples)) else ranks.world
-        start = {name: tensor for place, block in enumerate(blocks) for name, tensor in block.start(place).items()}
-
-        def forward(factors: Learnables, chosen: Sequence[int]) -> Tensor:
-            if not chosen:
-                return no_means(1, "divergence", whole.device)
-            arguments = _joined([samples[each] for each in chosen], whole.device)
-            last = torch.cat([originals[each] for each in chosen]).to(whole.device)
-
-            def original(place: int, _: Any, hidden: Tensor, __: Any) -> Any:
-                """Blocks pass on what they get; the last one, what the original's answered."""
-                others = behind[place]
-                hidden = last if place == len(blocks) - 1 else hidden
-                return hidden if others is None else (hidden, *others)
-
-            def quantized(place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
-                return blocks[place](factors, place, own, hidden, named)
-
-            with matrix_products(recipe, whole.device):
-                with torch.no_grad(), answering(whole.blocks, original):
-                    wanted = whole.model(**arguments).logits
-                with answering(whole.blocks, quantized):
-                    found = whole.model(**arguments).logits
-            return means(found, [wanted], "divergence")
-
         with kernels.using(recipe.kernels):
             told(0, recipe.epochs, None)
             learned = learn(
-                forward,
-                start,
+                tuning,
+                tuning.start(),
                 count,
                 min(batch, count),
                 recipe,
@@ -123,8 +84,57 @@ def tune(
                 lambda epoch, loss: told(epoch + 1, recipe.epochs, loss),
                 ranks,
             )
-    tuned = [block.tuned(learned.learnables, place) for place, block in enumerate(blocks)]
+    tuned = [block.tuned(learned.learnables, index) for index, block in enumerate(tuning.blocks)]
     return tuned, Tuning(learned.initial_loss, learned.final_loss, learned.outcome, learned.epoch_losses)
+
+
+class _Divergence:
+    """The loss of end-to-end tuning: KL(p(original) ‖ p(θ)) on some samples, as `learn` calls it.
+
+    Args:
+        samples, originals: calls of the model, and the full-precision model's last hidden states; this rank's.
+        behind: what each block returns behind its hidden states (`_behind`).
+        products: the precision of matrix products.
+    """
+
+    def __init__(
+        self,
+        whole: Whole,
+        samples: Sequence[Mapping[str, Any]],
+        originals: Sequence[Tensor],
+        *,
+        behind: Sequence[tuple[Any, ...] | None],
+        products: str,
+    ) -> None:
+        self._whole, self._samples, self._originals = whole, samples, originals
+        self._behind, self._products = behind, products
+        self.blocks = [_Tunable(block, frozen, whole) for block, frozen in zip(whole.blocks, whole.frozen, strict=True)]
+
+    def start(self) -> Learnables:
+        return {name: tensor for index, block in enumerate(self.blocks) for name, tensor in block.start(index).items()}
+
+    def __call__(self, factors: Learnables, chosen: Sequence[int]) -> Tensor:
+        whole = self._whole
+        if not chosen:
+            return no_means(1, "divergence", whole.device)
+        arguments = _joined([self._samples[each] for each in chosen], whole.device)
+        last = torch.cat([self._originals[each] for each in chosen]).to(whole.device)
+
+        def original(index: int, _: Any, hidden: Tensor, __: Any) -> Any:
+            """Every block returns its input unchanged, except the last, which returns the full-precision output."""
+            others = self._behind[index]
+            hidden = last if index == len(self.blocks) - 1 else hidden
+            return hidden if others is None else (hidden, *others)
+
+        def quantized(index: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
+            return self.blocks[index](factors, index, own, hidden=hidden, named=named)
+
+        with matrix_products(self._products, whole.device):
+            with torch.no_grad(), answering(whole.blocks, original):
+                wanted = whole.model(**arguments).logits
+            with answering(whole.blocks, quantized):
+                found = whole.model(**arguments).logits
+        return means(found, [wanted], "divergence")
 
 
 class _Tunable:
@@ -154,7 +164,7 @@ class _Tunable:
     def start(self, place: int) -> Learnables:
         return _FACTOR.ones(place, self._bases)
 
-    def __call__(self, factors: Learnables, place: int, own: Any, hidden: Tensor, named: Mapping[str, Any]) -> Any:
+    def __call__(self, factors: Learnables, place: int, own: Any, *, hidden: Tensor, named: Mapping[str, Any]) -> Any:
         """The quantized block's answer; `own` is its forward."""
 
         def answer(hidden: Tensor) -> Any:
@@ -257,7 +267,7 @@ def _joined(samples: Sequence[Mapping[str, Any]], device: torch.device) -> dict[
 
 
 @contextmanager
-def _outside_on_device(whole: Whole) -> Iterator[None]:
+def _rest_on_device(whole: Whole) -> Iterator[None]:
     """Within, everything but the blocks is on the device."""
     inside = {id(tensor) for block in whole.blocks for tensor in (*block.parameters(), *block.buffers())}
     outside = [
@@ -272,3 +282,17 @@ def _outside_on_device(whole: Whole) -> Iterator[None]:
     finally:
         for tensor, home in outside:
             tensor.data = tensor.data.to(home)
+
+
+def _carry_out(run: Run) -> None:
+    with run.activations_quantized(len(run.places)):
+        run.result.frozen, run.result.tuning = tune(run)
+
+
+END_TO_END = Pass(
+    "end-to-end tuning",
+    _carry_out,
+    applies=lambda recipe: recipe.tuning_epochs > 0,
+    needs_model=True,
+    needs_blocks=True,
+)

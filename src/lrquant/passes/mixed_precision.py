@@ -16,26 +16,26 @@ bit on any number of them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from compressed_tensors.config import CompressionFormat
 from torch import Tensor, nn
 
-from lrquant.architectures import Family, MultimodalFamily
 from lrquant.calibration.capture import capture
 from lrquant.errors import UsageError
 from lrquant.formats import Factors, NumberFormat, Scheme, format_of, quantize_weight
 from lrquant.formats.layout import pads_zero_points, storage_format
-from lrquant.loading.block_source import BlockSource, held
+from lrquant.loading.block_source import held
+from lrquant.loading.original import Original
+from lrquant.passes.definition import Pass
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
 from lrquant.reconstruction.block_parameters import sharing_inputs
 from lrquant.reconstruction.block_preparation import check_finite
 from lrquant.reconstruction.fixed_parameters import linear_names
-from lrquant.runtime.distributed import ALONE, Ranks
+from lrquant.reconstruction.run import Run
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bits
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # shares of a group's range that are tried
@@ -52,101 +52,87 @@ class Unit:
     errors: Mapping[int, float]
 
 
+def find_layer_bits(run: Run) -> dict[str, int]:
+    """Bits of the weights of every linear in the blocks, by name, on average at most the recipe's target.
+
+    Raises:
+        UsageError: the target is out of reach with these groups.
+    """
+    assert run.recipe.target_bits is not None
+    units = measured_units(run)
+    chosen = choose(units, run.recipe.target_bits)
+    return {linear: bits for unit, bits in zip(units, chosen, strict=True) for linear in unit.linears}
+
+
+@torch.no_grad()
+def measured_units(run: Run) -> list[Unit]:
+    """Every block's units, measured on the full-precision stream of some samples; weights stay as they are."""
+    machine, ranks = run.machine, run.machine.ranks
+    units: list[Unit] = []
+    for place in run.places:
+        if place.within == 0:
+            run.block_source.take(place.path)  # one block shows what blocks return
+            inputs = capture(run.model, place.stage.blocks(run.model), run.samples[:MOST_SAMPLES])
+        with held(run.block_source, place.path, machine.device) as block:
+            check_finite(block, place.path)
+            forward = BlockForward(block, place.within, inputs, machine.device, 1)
+            before = list(inputs.hidden)
+            first = sharing_inputs(forward.advance_full_precision(inputs.hidden)[0])
+            measuring = _Measuring(forward, before, inputs.hidden, run.recipe.scheme, run.storage_dtype)
+            for leader in dict.fromkeys(first.values()):
+                linears = tuple(name for name in linear_names(block) if first.get(name) == leader)
+                mine = len(units) % ranks.world == ranks.rank
+                units.append(measuring.unit(place.path, linears, mine))
+        run.callback.measured(place.index + 1, len(run.places))
+    errors = torch.tensor([[unit.errors[bits] for bits in CANDIDATES] for unit in units], dtype=torch.float64)
+    together = ranks.sum(errors).tolist()  # of each row, all ranks but one have zeros
+    return [
+        replace(unit, errors=dict(zip(CANDIDATES, row, strict=True))) for unit, row in zip(units, together, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
-class BitAllocation:
-    """Finds bits for the blocks of a model, whose weights it leaves as they are. `told` hears (blocks done, of all)."""
+class _Measuring:
+    """A block's units are measured: `before` and `after` are its full-precision inputs and outputs."""
 
-    model: nn.Module
-    family: Family | MultimodalFamily
-    recipe: Recipe
-    samples: Sequence[dict[str, Any]]
-    device: torch.device
+    forward: BlockForward
+    before: Sequence[Tensor]
+    after: Sequence[Tensor]
+    scheme: Scheme
     storage_dtype: torch.dtype
-    block_source: BlockSource
-    told: Callable[[int, int], None]
-    ranks: Ranks = ALONE
 
-    def layer_bits(self) -> dict[str, int]:
-        """Bits of the weights of every linear in the blocks, by name, on average at most the recipe's target.
+    def unit(self, path: str, linears: tuple[str, ...], measured: bool) -> Unit:
+        """The unit of `linears`; without being measured its errors are zero."""
+        weights = {name: self.forward.block.get_parameter(f"{name}.weight") for name in linears}
+        sizes: dict[int, int] = {}
+        errors: dict[int, float] = {}
+        for bits in CANDIDATES:
+            own = with_bits(self.scheme, bits)
+            assert own.weights is not None
+            format = format_of(own.weights)
+            sizes[bits] = sum(storage_bits(weight.shape, own, self.storage_dtype) for weight in weights.values())
+            errors[bits] = 0.0
+            if measured:
+                rounded = {
+                    f"{name}.weight": best_rounding(weight, format, self.storage_dtype)
+                    for name, weight in weights.items()
+                }
+                errors[bits] = self._error(rounded)
+        names = tuple(f"{path}.{name}" for name in linears)
+        return Unit(names, sum(weight.numel() for weight in weights.values()), sizes, errors)
 
-        Raises:
-            UsageError: the target is out of reach with these groups.
-        """
-        assert self.recipe.target_bits is not None
-        units = self.units()
-        chosen = choose(units, self.recipe.target_bits)
-        return {linear: bits for unit, bits in zip(units, chosen, strict=True) for linear in unit.linears}
-
-    @torch.no_grad()
-    def units(self) -> list[Unit]:
-        """Every block's units, measured on the full-precision stream of some samples."""
-        stages = self.family.stages(self.model, self.recipe.towers)
-        count = sum(len(stage.blocks(self.model)) for stage in stages)
-        units: list[Unit] = []
-        done = 0
-        for stage in stages:
-            self.block_source.take(f"{stage.path}.0")  # one block shows what blocks return
-            inputs = capture(self.model, stage.blocks(self.model), self.samples[:MOST_SAMPLES])
-            for index in range(len(stage.blocks(self.model))):
-                path = f"{stage.path}.{index}"
-                with held(self.block_source, path, self.device) as block:
-                    check_finite(block, path)
-                    run = BlockForward(block, index, inputs, self.device, 1)
-                    before = list(inputs.hidden)
-                    first = sharing_inputs(run.advance_full_precision(inputs.hidden)[0])
-                    for leader in dict.fromkeys(first.values()):
-                        linears = tuple(name for name in linear_names(block) if first.get(name) == leader)
-                        scheme, dtype = self.recipe.scheme, self.storage_dtype
-                        mine = len(units) % self.ranks.world == self.ranks.rank
-                        units.append(_unit(run, path, linears, scheme, dtype, before, inputs.hidden, mine))
-                done += 1
-                self.told(done, count)
-        errors = torch.tensor([[unit.errors[bits] for bits in CANDIDATES] for unit in units], dtype=torch.float64)
-        together = self.ranks.sum(errors).tolist()  # of each row, all ranks but one have zeros
-        return [
-            replace(unit, errors=dict(zip(CANDIDATES, row, strict=True)))
-            for unit, row in zip(units, together, strict=True)
-        ]
+    def _error(self, parameters: Mapping[str, Tensor]) -> float:
+        total = 0.0
+        for sample, wanted in enumerate(self.after):
+            y = wanted.to(self.forward.device).float()
+            found = self.forward.call_one({sample: self.before[sample]}, sample, parameters).float()
+            total += float(((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=1e-12)).mean())
+        return total / len(self.after)
 
 
-def _unit(
-    run: BlockForward,
-    path: str,
-    linears: tuple[str, ...],
-    scheme: Scheme,
-    storage_dtype: torch.dtype,
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    measured: bool,
-) -> Unit:
-    """The unit of `linears`; without being measured its errors are zero."""
-    weights = {name: run.block.get_parameter(f"{name}.weight") for name in linears}
-    sizes: dict[int, int] = {}
-    errors: dict[int, float] = {}
-    for bits in CANDIDATES:
-        own = Scheme(scheme.weights, scheme.inputs, bits=dict.fromkeys(linears, bits)).of(linears[0])
-        assert own.weights is not None
-        format = format_of(own.weights)
-        sizes[bits] = sum(storage_bits(weight.shape, own, storage_dtype) for weight in weights.values())
-        errors[bits] = 0.0
-        if measured:
-            rounded = {
-                f"{name}.weight": best_rounding(weight, format, storage_dtype) for name, weight in weights.items()
-            }
-            errors[bits] = _error(run, rounded, before, after)
-    names = tuple(f"{path}.{name}" for name in linears)
-    return Unit(names, sum(weight.numel() for weight in weights.values()), sizes, errors)
-
-
-def _error(
-    run: BlockForward, parameters: Mapping[str, Tensor], before: Sequence[Tensor], after: Sequence[Tensor]
-) -> float:
-    total = 0.0
-    for sample, wanted in enumerate(after):
-        y = wanted.to(run.device).float()
-        found = run.call_one({sample: before[sample]}, sample, parameters).float()
-        total += float(((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=1e-12)).mean())
-    return total / len(after)
+def with_bits(scheme: Scheme, bits: int) -> Scheme:
+    """`scheme` with weights of `bits` everywhere."""
+    return Scheme(scheme.weights, scheme.inputs, bits={"": bits}).of("")
 
 
 def best_rounding(weight: Tensor, format: NumberFormat, scale_dtype: torch.dtype) -> Tensor:
@@ -182,11 +168,7 @@ def choose(units: Sequence[Unit], target: float) -> list[int]:
     weights = sum(unit.weights for unit in units)
     budget = target * weights
     least, most = (sum(end(unit.sizes.values()) for unit in units) for end in (min, max))
-    if not least <= budget <= most:
-        raise UsageError(
-            f"target bits {target:g}: with their scales, weights of these groups take {least / weights:.2f} to "
-            f"{most / weights:.2f} bits on average; name a target between"
-        )
+    _check_reach(target, least / weights, most / weights)
     chosen = [min(unit.sizes, key=lambda bits: (unit.sizes[bits], bits)) for unit in units]
     size = sum(unit.sizes[bits] for unit, bits in zip(units, chosen, strict=True))
     while True:
@@ -201,3 +183,45 @@ def choose(units: Sequence[Unit], target: float) -> list[int]:
             return chosen
         size += units[-place].sizes[bits] - units[-place].sizes[chosen[-place]]
         chosen[-place] = bits
+
+
+def check_target(original: Original, recipe: Recipe) -> None:
+    """Raise where the recipe's target is out of reach, which the shapes of the weights show.
+
+    Raises:
+        UsageError: it names the reach.
+    """
+    shapes = [
+        module.weight.shape
+        for stage in original.stages
+        for block in stage.blocks(original.model)
+        for module in block.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    weights = sum(shape.numel() for shape in shapes)
+    sizes = [
+        sum(storage_bits(shape, with_bits(recipe.scheme, bits), original.storage_dtype) for shape in shapes) / weights
+        for bits in CANDIDATES
+    ]
+    assert recipe.target_bits is not None
+    _check_reach(recipe.target_bits, min(sizes), max(sizes))
+
+
+def _check_reach(target: float, least: float, most: float) -> None:
+    if not least <= target <= most:
+        raise UsageError(
+            f"target bits {target:g}: with their scales, weights of these groups take {least:.2f} to "
+            f"{most:.2f} bits on average; name a target between"
+        )
+
+
+def _carry_out(run: Run) -> None:
+    run.decide(layer_bits=run.journal.bits(lambda: find_layer_bits(run)))
+
+
+MIXED_PRECISION = Pass(
+    "mixed precision",
+    _carry_out,
+    applies=lambda recipe: recipe.target_bits is not None and recipe.layer_bits is None,
+    check=check_target,
+)

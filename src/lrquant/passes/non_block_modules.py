@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,21 +16,18 @@ from torch import nn
 
 from lrquant.errors import UsageError
 from lrquant.formats import format_of, quantize_weight
-from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
+from lrquant.formats.fake_quant import largest_weight
 from lrquant.formats.fake_quant_math import Factors
 from lrquant.formats.layout import product_dtype
+from lrquant.loading.original import Original
+from lrquant.passes.definition import Pass
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_preparation import check_group_size
+from lrquant.reconstruction.result import NonBlockModules
+from lrquant.reconstruction.run import Run
 
 HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head")
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
-
-
-@dataclass(frozen=True)
-class NonBlockModules:
-    """Rounded linears by their full names; `flat` ones see (samples, width) inputs."""
-
-    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
-    flat: frozenset[str] = frozenset()
 
 
 def chosen_modules(model: Any, also: Sequence[str]) -> dict[str, nn.Module]:
@@ -62,14 +59,14 @@ def _is_part(name: str, module: nn.Module, part: str) -> bool:
 
 
 @torch.no_grad()
-def round_outside(model: Any, recipe: Recipe, sample: dict[str, Any], storage_dtype: torch.dtype) -> NonBlockModules:
-    """Round the recipe's chosen parts of `model` in place; `sample` shows the shape of their inputs."""
+def round_modules(original: Original, recipe: Recipe, sample: dict[str, Any]) -> NonBlockModules:
+    """Round the recipe's chosen parts of the model in place; `sample` shows the shape of their inputs."""
+    model, storage_dtype = original.model, original.storage_dtype
     modules = chosen_modules(model, recipe.also)
-    if not modules or recipe.scheme.weights is None:
-        return NonBlockModules()
     flat = _flat_inputs(model, modules, sample) if recipe.scheme.inputs else frozenset()
     weights = {}
     for name, module in modules.items():
+        assert recipe.scheme.weights is not None
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         format = format_of(recipe.scheme.weights)
         rows = weight.detach().float().flatten(1)  # (out, in · kernel)
@@ -96,3 +93,28 @@ def _flat_inputs(model: Any, modules: dict[str, nn.Module], sample: dict[str, An
         for handle in handles:
             handle.remove()
     return frozenset(name for name in flat if isinstance(modules[name], nn.Linear))
+
+
+def check_modules(original: Original, recipe: Recipe) -> None:
+    """Raise where the model lacks a chosen part, or the format's groups do not divide it.
+
+    Raises:
+        UsageError: it names the part.
+    """
+    for name, module in chosen_modules(original.model, recipe.also).items():
+        if isinstance(module, nn.Linear):
+            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
+
+
+def _carry_out(run: Run) -> None:
+    if run.recipe.scheme.weights is not None:
+        run.result.outside = round_modules(run.original, run.recipe, run.samples[0])
+
+
+NON_BLOCK_MODULES = Pass(
+    "non-block modules",
+    _carry_out,
+    applies=lambda recipe: bool(recipe.also),
+    check=check_modules,
+    needs_model=True,
+)

@@ -15,7 +15,6 @@ SpinQuant §3; there LayerNorm models are left out.) Everything is computed in f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,11 @@ from torch import Tensor, nn
 from lrquant.architectures import ResidualStream, Stage
 from lrquant.errors import UsageError
 from lrquant.loading.block_source import BlockSource
+from lrquant.loading.original import Original
+from lrquant.passes.definition import Pass
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.result import Rotated
+from lrquant.reconstruction.run import Run
 from lrquant.transforms import NormToLinears, ValueToOutput
 from lrquant.transforms.hadamard import hadamard, orthogonal_matrix
 from lrquant.transforms.online import BlockHadamard, add_online_transform
@@ -33,25 +36,16 @@ from lrquant.transforms.online import BlockHadamard, add_online_transform
 MOST_ROWS = 16384
 
 
-@dataclass(frozen=True)
-class Rotated:
-    """What became of a model besides its weights."""
-
-    online: tuple[str, ...] = ()  # linears (full names) whose inputs are transformed at run time
-    untied: int = 0  # parameters that it has more, because embeddings and head no longer are one tensor
-    notes: list[str] = field(default_factory=list)
-
-
-def settled(model: Any, stages: Sequence[Stage], recipe: Recipe) -> Recipe:
-    """`recipe` with `auto` replaced: `stream` and `values` where they make no checkpoint larger, nothing elsewhere.
+def resolve_rotation(original: Original, recipe: Recipe) -> dict[str, Any]:
+    """What `auto` stands for: `stream` and `values` where they make no checkpoint larger, nothing elsewhere.
 
     Rotated values alone bring nothing (docs/benchmarks.md).
     """
     if "auto" not in recipe.orthogonal:
-        return recipe
-    free = ("stream", "values") if any(_is_free(model, stage) for stage in stages) else ()
+        return {}
+    free = ("stream", "values") if any(_is_free(original.model, stage) for stage in original.stages) else ()
     named = (part for part in recipe.orthogonal if part != "auto")
-    return recipe.changed(orthogonal=tuple(dict.fromkeys([*free, *named])))
+    return {"orthogonal": tuple(dict.fromkeys([*free, *named]))}
 
 
 def _is_free(model: Any, stage: Stage) -> bool:
@@ -67,37 +61,48 @@ def _is_free(model: Any, stage: Stage) -> bool:
     return plain_norm and f"{head}.weight" not in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
-@torch.no_grad()
-def rotate(
-    model: Any, stages: Sequence[Stage], recipe: Recipe, block_source: BlockSource, storage_dtype: torch.dtype
-) -> Rotated:
-    """Rotate `model` as `recipe.orthogonal` says: now, or block by block as `block_source` reads them.
+def check_rotation(original: Original, recipe: Recipe) -> None:
+    """Raise where the model has something that the recipe's rotations cannot be folded into.
 
-    What stands outside the blocks is rounded to `storage_dtype`, so that learning sees what the checkpoint will hold.
+    Raises:
+        UsageError: it names the part and what stands in its way.
+    """
+    for part in recipe.orthogonal:
+        if not any(_allows(stage, part) for stage in original.stages):
+            reasons = [stage.residual.why_not for stage in original.stages if stage.residual and stage.residual.why_not]
+            raise UsageError(
+                f"orthogonal {part!r}: {original.model.config.model_type} models cannot be rotated there"
+                f"{f' ({reasons[0]})' if reasons and part == 'stream' else ''}; leave it out"
+            )
+    for stage in original.stages:
+        if "stream" in recipe.orthogonal and _allows(stage, "stream"):
+            check_stream(original.model, stage)
+
+
+@torch.no_grad()
+def rotate(original: Original, recipe: Recipe) -> Rotated:
+    """Rotate the model as `recipe.orthogonal` says: now, or block by block as its source reads them.
+
+    What stands outside the blocks is rounded to the checkpoint's type, so that learning sees what it will hold.
 
     Raises:
         UsageError: the model has something that a rotation cannot be folded into.
     """
-    if not recipe.orthogonal:
-        return Rotated()
-    for part in recipe.orthogonal:
-        if not any(_allows(stage, part) for stage in stages):
-            reasons = [stage.residual.why_not for stage in stages if stage.residual and stage.residual.why_not]
-            raise UsageError(
-                f"orthogonal {part!r}: {model.config.model_type} models cannot be rotated there"
-                f"{f' ({reasons[0]})' if reasons and part == 'stream' else ''}; leave it out"
-            )
+    check_rotation(original, recipe)
+    model, block_source = original.model, original.block_source
     sizes, online, untied, place = [], [], 0, 0
-    for stage in stages:
+    for stage in original.stages:
         if "stream" in recipe.orthogonal and _allows(stage, "stream"):
             matrix = stream_matrix(model, stage, recipe)
-            untied = rotate_stream(model, stage, matrix, block_source, storage_dtype)
+            untied = rotate_stream(original, stage, matrix)
             sizes.append(len(matrix))
         for index, block in enumerate(stage.blocks(model)):
             path = f"{stage.path}.{index}"
             if "values" in recipe.orthogonal:
                 sizes += [pair.value_rows.shape[-1] for pair in _pairs(stage)]
-                block_source.alter(path, partial(_rotate_all_values, _pairs(stage), recipe, recipe.seed + 1 + place))
+                block_source.alter(
+                    path, partial(_rotate_all_values, pairs=_pairs(stage), recipe=recipe, seed=recipe.seed + 1 + place)
+                )
             if "down" in recipe.orthogonal and stage.residual is not None:
                 linear: nn.Linear = block.get_submodule(stage.residual.down)  # type: ignore[assignment]
                 add_online_transform(linear)
@@ -161,14 +166,13 @@ def _residual(stage: Stage) -> ResidualStream:
 
 
 @torch.no_grad()
-def rotate_stream(
-    model: Any, stage: Stage, matrix: Tensor, block_source: BlockSource, storage_dtype: torch.dtype
-) -> int:
+def rotate_stream(original: Original, stage: Stage, matrix: Tensor) -> int:
     """Rotate the hidden states of `stage` by `matrix`; returns how many parameters untying the head added.
 
     Raises:
         UsageError: something reads or writes them that a rotation cannot be folded into.
     """
+    model, block_source, storage_dtype = original.model, original.block_source, original.storage_dtype
     residual, norms, head_path = _residual(stage), _norms(stage), check_stream(model, stage)
     above = model.get_submodule(stage.path.rpartition(".")[0])
     untied = _untie(model, head_path, block_source)
@@ -179,14 +183,16 @@ def rotate_stream(
         _rotate_outputs(model.get_submodule(stage.joins), matrix)
         _round(model.get_submodule(stage.joins), storage_dtype)
     for index in range(len(stage.blocks(model))):
-        block_source.alter(f"{stage.path}.{index}", partial(_rotate_block, norms, residual.writers, matrix))
+        block_source.alter(
+            f"{stage.path}.{index}", partial(_rotate_block, norms=norms, writers=residual.writers, matrix=matrix)
+        )
     norm = above.get_submodule(residual.norm)
     gain, bias = _norm_values(norm, norms[0].offset)
-    stays = _fold_norm(norm, norms[0].offset, [], matrix, residual.norm)
+    stays = _fold_norm(norm, norms[0].offset, [], matrix=matrix, name=residual.norm)
     _round(norm, storage_dtype)
 
     def rotate_head(module: nn.Module) -> None:
-        _read_rotated(module, gain, None if stays else bias, matrix)
+        _read_rotated(module, gain, None if stays else bias, matrix=matrix)
         _round(module, storage_dtype)
 
     block_source.alter(head_path, rotate_head)
@@ -194,16 +200,16 @@ def rotate_stream(
 
 
 @torch.no_grad()
-def _rotate_block(norms: Sequence[NormToLinears], writers: Sequence[str], matrix: Tensor, block: nn.Module) -> None:
+def _rotate_block(block: nn.Module, *, norms: Sequence[NormToLinears], writers: Sequence[str], matrix: Tensor) -> None:
     for norm in norms:
         linears = [block.get_submodule(name) for name in norm.linears]
-        _fold_norm(block.get_submodule(norm.norm), norm.offset, linears, matrix, norm.norm)
+        _fold_norm(block.get_submodule(norm.norm), norm.offset, linears, matrix=matrix, name=norm.norm)
     for name in writers:
         _rotate_outputs(block.get_submodule(name), matrix)
 
 
 @torch.no_grad()
-def _rotate_all_values(pairs: Sequence[ValueToOutput], recipe: Recipe, seed: int, block: nn.Module) -> None:
+def _rotate_all_values(block: nn.Module, *, pairs: Sequence[ValueToOutput], recipe: Recipe, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for pair in pairs:
         turn = orthogonal_matrix(pair.value_rows.shape[-1], recipe.orthogonal_kind, generator)
@@ -242,7 +248,7 @@ def _norm_values(norm: nn.Module, offset: float) -> tuple[Tensor, Tensor | None]
     return weight.double() + offset, None if bias is None else bias.double().clone()
 
 
-def _fold_norm(norm: nn.Module, offset: float, readers: Sequence[nn.Module], matrix: Tensor, name: str) -> bool:
+def _fold_norm(norm: nn.Module, offset: float, readers: Sequence[nn.Module], *, matrix: Tensor, name: str) -> bool:
     """Move a norm's weight, and its bias if it can, into `readers`, and rotate these; whether the bias stays.
 
     Raises:
@@ -257,12 +263,12 @@ def _fold_norm(norm: nn.Module, offset: float, readers: Sequence[nn.Module], mat
         rotated = torch.where(gain == 0, 0.0, bias / gain) @ matrix
         norm.bias.copy_(rotated if stays else torch.zeros_like(rotated))  # type: ignore[operator]
     for reader in readers:
-        _read_rotated(reader, gain, None if stays else bias, matrix)
+        _read_rotated(reader, gain, None if stays else bias, matrix=matrix)
     return stays
 
 
 @torch.no_grad()
-def _read_rotated(linear: nn.Module, gain: Tensor, bias: Tensor | None, matrix: Tensor) -> None:
+def _read_rotated(linear: nn.Module, gain: Tensor, bias: Tensor | None, *, matrix: Tensor) -> None:
     """W ← W diag(γ) R and b ← b + W β."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     if bias is not None:
@@ -296,3 +302,16 @@ def _rotate_values(block: nn.Module, pair: ValueToOutput, turn: Tensor) -> None:
         bias[rows] = (bias[rows].double().unflatten(0, (-1, len(turn))) @ turn).flatten().to(bias.dtype)
     weight = output.weight  # type: ignore[assignment]
     weight[:, columns] = (weight[:, columns].double().unflatten(1, (-1, len(turn))) @ turn).flatten(1).to(weight.dtype)
+
+
+def _carry_out(run: Run) -> None:
+    run.result.rotated = rotate(run.original, run.recipe)
+
+
+ROTATION = Pass(
+    "rotation",
+    _carry_out,
+    applies=lambda recipe: bool(recipe.orthogonal),
+    resolve=resolve_rotation,
+    check=check_rotation,
+)

@@ -241,7 +241,7 @@ class BlockForward:
                 if found is not None:
                     return found
             plainly = kernels.using("eager") if graph is not None and graph.works else nullcontext()  # a few calls
-            with plainly, matrix_products(recipe, self.device):
+            with plainly, matrix_products(recipe.products, self.device):
                 output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
             return means(output, wanted, recipe.loss)
 

@@ -79,12 +79,10 @@ def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> No
             )
 
 
-def linear_input_args(
-    block: nn.Module, args: QuantizationArgs | None, recipe: Recipe, flat: set[str]
-) -> dict[nn.Linear, QuantizationArgs | None]:
-    """Activation format of every linear's input."""
+def linear_input_args(block: nn.Module, recipe: Recipe, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
+    """Activation format of every linear's input; none where activations are left alone."""
     return {
         module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and args is not None
+        if isinstance(module, nn.Linear) and recipe.scheme.inputs is not None
     }

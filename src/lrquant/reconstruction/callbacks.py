@@ -1,6 +1,24 @@
-"""Who is told while a run goes on; imports nothing, so that the command line can show help at once."""
+"""Who is told while a run goes on; imports nothing heavy, so that the command line can show help at once.
 
-from typing import TYPE_CHECKING
+A run tells its callback, in this order:
+
+    pass_begins                 of every pass (lrquant.passes), by name
+      measured                  mixed precision: after every block
+      started                   the blocks: once, before the first
+        block_begins            both streams hold what the block receives
+          epoch_done            while it learns: after every epoch
+          block_decided         it has learned, and still has the original's weights
+        block_ends              it is as it stays, and both streams hold its outputs
+        block_done              its record is complete
+      tuned                     end-to-end tuning: before the first epoch, and after each
+    pass_ends
+
+A block that is restored or kept as it is learns nothing, so it has no `epoch_done` and no `block_decided`; one that an
+earlier run finished and whose outputs nothing needs has `block_done` alone. Looking at a block changes nothing.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
@@ -8,64 +26,54 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told of progress; this one does nothing. The command line shows a bar."""
+    """Told of a run's progress; this one does nothing. The command line's shows a bar."""
+
+    def pass_begins(self, name: str) -> None: ...
+
+    def pass_ends(self, name: str) -> None: ...
 
     def measured(self, done: int, blocks: int) -> None:
-        """Before all else, where bits follow from errors: of so many blocks they are known."""
+        """Mixed precision: what rounding does to `done` of so many blocks is known."""
 
-    def started(self, blocks: int, epochs: int) -> None: ...
+    def started(self, blocks: int, epochs: int) -> None:
+        """So many blocks are to be done, each in so many epochs (0: nothing is learned)."""
 
-    def epoch_done(self, block: int, epoch: int, loss: float) -> None: ...
+    def epoch_done(self, block: int, epoch: int, loss: float) -> None:
+        """Block number `block` has learned for `epoch` + 1 epochs; `loss` is the mean of the last one."""
 
     def block_begins(self, view: "BlockEvent") -> None:
         """The streams hold what the block is about to receive."""
 
     def block_decided(self, view: "BlockEvent", decided: "BlockDecision") -> None:
-        """The block still has the original's weights; x holds its answer, x̂ what it is about to receive."""
+        """The block still has the original's weights; x holds its outputs, x̂ what it is about to receive."""
 
     def block_ends(self, view: "BlockEvent") -> None:
-        """The block is as it stays, and both streams hold what it has answered."""
+        """The block is as it stays, and both streams hold its outputs."""
 
-    def block_done(self, record: "BlockRecord") -> None: ...
+    def block_done(self, record: "BlockRecord") -> None:
+        """The block's record is complete."""
 
     def tuned(self, done: int, epochs: int, loss: float | None) -> None:
-        """After all blocks, where the whole is learned at last: so many epochs are done, none at first (no loss)."""
+        """End-to-end tuning: `done` epochs are behind it; at 0 there is no loss yet."""
+
+
+EVENTS = tuple(name for name in vars(Callback) if not name.startswith("_"))
 
 
 class Callbacks(Callback):
-    """Tells several callbacks."""
+    """Tells several callbacks, in their order."""
 
     def __init__(self, *callbacks: Callback) -> None:
         self.callbacks = callbacks
 
-    def measured(self, done: int, blocks: int) -> None:
-        for callback in self.callbacks:
-            callback.measured(done, blocks)
 
-    def started(self, blocks: int, epochs: int) -> None:
+def _tell_all(event: str) -> Callable[..., None]:
+    def tell(self: Callbacks, *facts: Any) -> None:
         for callback in self.callbacks:
-            callback.started(blocks, epochs)
+            getattr(callback, event)(*facts)
 
-    def epoch_done(self, block: int, epoch: int, loss: float) -> None:
-        for callback in self.callbacks:
-            callback.epoch_done(block, epoch, loss)
+    return tell
 
-    def block_begins(self, view: "BlockEvent") -> None:
-        for callback in self.callbacks:
-            callback.block_begins(view)
 
-    def block_decided(self, view: "BlockEvent", decided: "BlockDecision") -> None:
-        for callback in self.callbacks:
-            callback.block_decided(view, decided)
-
-    def block_ends(self, view: "BlockEvent") -> None:
-        for callback in self.callbacks:
-            callback.block_ends(view)
-
-    def block_done(self, record: "BlockRecord") -> None:
-        for callback in self.callbacks:
-            callback.block_done(record)
-
-    def tuned(self, done: int, epochs: int, loss: float | None) -> None:
-        for callback in self.callbacks:
-            callback.tuned(done, epochs, loss)
+for _event in EVENTS:
+    setattr(Callbacks, _event, _tell_all(_event))

@@ -54,7 +54,7 @@ class CompiledBlock:
             targets: Sequence[Tensor],
         ) -> Tensor:
             parameters = {**others, **by.vectors, **rounded_weights(fixed, weights, by, dtype, product)}
-            with matrix_products(recipe, device):
+            with matrix_products(recipe.products, device):
                 output = functional_call(skeleton, parameters, (hidden,), dict(arguments))
             return means(output[0] if isinstance(output, tuple) else output, targets, recipe.loss)
 

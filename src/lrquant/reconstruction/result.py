@@ -1,24 +1,46 @@
-"""What the engine is given of a quantized model, and what it leaves behind."""
+"""What the passes leave behind besides the model, whose blocks then hold their quantized values."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from lrquant.passes.end_to_end import Tuning
-from lrquant.passes.non_block_modules import NonBlockModules
-from lrquant.passes.rotation import Rotated
+from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.journal import FinishedBlock
 from lrquant.reconstruction.learnables import Learnables
-from lrquant.reconstruction.records import BlockRecord
+from lrquant.reconstruction.records import BlockRecord, Outcome
 from lrquant.transforms.statistics import ChannelStatistics
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """What rotations changed of a model besides its weights."""
+
+    online: tuple[str, ...] = ()  # linears (full names) whose inputs are transformed at run time
+    untied: int = 0  # parameters that it has more, because embeddings and head no longer are one tensor
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class NonBlockModules:
+    """Linears outside the blocks that were rounded, by their full names; `flat` ones see (samples, width) inputs."""
+
+    weights: dict[str, QuantizedWeight] = field(default_factory=dict)
+    flat: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What came of end-to-end tuning: divergences from the original, in nats per token."""
+
+    initial_loss: float
+    final_loss: float
+    outcome: Outcome
+    epoch_losses: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Reconstruction:
-    """What the engine leaves behind besides the model, whose blocks now hold the quantized values."""
+    """What a run leaves behind besides the model."""
 
     recipe: Recipe  # as it was carried out: what it left to the machine is decided
     block_paths: list[str]  # in the order that data flows
@@ -31,7 +53,7 @@ class Reconstruction:
     rotated: Rotated = field(default_factory=Rotated)
     attention_quantized: bool = False
     outside: NonBlockModules = field(default_factory=NonBlockModules)  # what was rounded besides the blocks
-    tuning: Tuning | None = None  # what came of learning the whole at last
+    tuning: Tuning | None = None  # None: there was none
 
     @property
     def needs_lrquant(self) -> bool:
@@ -49,15 +71,3 @@ class Reconstruction:
     def flat_inputs_within(self, path: str) -> set[str]:
         """Names, within the block at `path`, of the linears that see (tokens, width)."""
         return {name.removeprefix(f"{path}.") for name in self.flat_inputs if name.startswith(f"{path}.")}
-
-
-@dataclass(frozen=True)
-class Present:
-    """A quantized model whose blocks `relearned` are to be learned again (test-time adaptation)."""
-
-    blocks: Sequence[Mapping[str, Tensor]]  # dequantized parameters of every block, by name
-    relearned: frozenset[int]
-    input_scales: Sequence[Mapping[str, Tensor]] = ()  # of every block (FrozenBlock.input_scales), if there are any
-
-    def scales(self, place: int) -> Mapping[str, Tensor]:
-        return self.input_scales[place] if self.input_scales else {}

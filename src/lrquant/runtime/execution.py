@@ -1,56 +1,20 @@
-"""What of the machine a run uses: the precision of its matrix products, and the kernels of fake quantization.
+"""The machine a run uses: its device, the processes that share the work, and what its processor is fast at."""
 
-`auto` looks at the machine and at the work ahead; what it chose is written into the recipe, so that a saved
-recipe names what was done.
-"""
-
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from lrquant.errors import UsageError
-from lrquant.formats.kernels import COMPILES_EXACTLY
-from lrquant.recipe import Recipe
-
-# Values gone through in a run from which compiling (half a minute, once) is sooner done than doing without.
-WORTH_COMPILING = 1.5e9
-ACTIVATIONS_PER_TOKEN = 8  # activations of a block per token, in multiples of the hidden size, about
+from lrquant.runtime.distributed import ALONE, Ranks
 
 
-def settle(recipe: Recipe, device: torch.device, blocks: Sequence[nn.Module], samples: int, tokens: int) -> Recipe:
-    """`recipe` with `products` and `kernels` chosen for this machine where they are `auto`.
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, in which precision, and with whom it shares the work."""
 
-    `tokens` is the length of a sample. Nothing is learned without steps: then the choice is the plain one.
-
-    Raises:
-        UsageError: kernels are asked for that this PyTorch cannot compile exactly.
-    """
-    products, kernels = recipe.products, recipe.kernels
-    if kernels == "compiled" and not COMPILES_EXACTLY:
-        raise UsageError(
-            f"kernels = compiled: PyTorch {torch.__version__} loses roundings when it compiles; it takes PyTorch 2.13, "
-            f"or leave the kernels to lrquant"
-        )
-    if products == "auto":
-        products = "bfloat16" if recipe.learns and has_fast_bfloat16(device) else "float32"
-    if kernels == "auto":
-        kernels = "eager"
-        if recipe.learns and device.type == "cuda" and has_triton():
-            kernels = "triton"
-        elif recipe.learns and COMPILES_EXACTLY:
-            worth_it = values_of_all_steps(recipe, blocks, samples, tokens) > WORTH_COMPILING
-            kernels = "compiled" if worth_it else "eager"
-    return recipe.changed(products=products, kernels=kernels)
-
-
-def values_of_all_steps(recipe: Recipe, blocks: Sequence[nn.Module], samples: int, tokens: int) -> float:
-    """Weights and activations that a run's steps go through, about."""
-    weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
-    steps = recipe.epochs * -(-samples // recipe.batch_size)
-    width = sum(max(vector.numel() for vector in block.parameters() if vector.ndim == 1) for block in blocks)
-    return float(steps * (weights + ACTIVATIONS_PER_TOKEN * width * tokens * recipe.batch_size))
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of the model while it runs
+    ranks: Ranks = ALONE
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -71,8 +35,8 @@ def has_triton() -> bool:
     return True
 
 
-def matrix_products(recipe: Recipe, device: torch.device) -> AbstractContextManager[object]:
-    """Within, matrix products run in the recipe's precision, with sums in float32."""
-    if recipe.products == "bfloat16":
+def matrix_products(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Within, matrix products run in `precision` (`float32` or `bfloat16`), with sums in float32."""
+    if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

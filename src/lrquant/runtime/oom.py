@@ -6,20 +6,19 @@ from contextlib import contextmanager
 import torch
 
 from lrquant.errors import LrquantError
-from lrquant.recipe import Recipe
 
 
-def knobs(recipe: Recipe, activations: str, dtype: torch.dtype) -> list[str]:
+def knobs(batch_size: int, seqlen: int | None, activations: str, *, dtype: torch.dtype) -> list[str]:
     """Options that would take less memory than these settings, the most helpful first."""
     found = []
-    if recipe.batch_size > 1:
-        found.append(f"--batch-size {recipe.batch_size // 2}")
+    if batch_size > 1:
+        found.append(f"--batch-size {batch_size // 2}")
     if activations in ("auto", "device"):
         found.append("--activations host")
     elif activations == "host":
         found.append("--activations disk")
-    if recipe.seqlen and recipe.seqlen > 2:
-        found.append(f"--seqlen {recipe.seqlen // 2}")
+    if seqlen and seqlen > 2:
+        found.append(f"--seqlen {seqlen // 2}")
     if dtype == torch.float32:
         found.append("--dtype bfloat16")
     return found

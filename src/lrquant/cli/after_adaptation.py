@@ -1,0 +1,27 @@
+"""What adapting a result to a text would bring (`--tta`): tried on copies that are thrown away."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrquant.cli import console
+
+if TYPE_CHECKING:
+    from lrquant.evaluation import Perplexity
+
+
+def perplexity_after_adaptation(
+    quantized: Path, reference: str, texts: Sequence[str], seqlen: int | None, limit_windows: int | None, device: str
+) -> dict[str, "Perplexity"]:
+    """Perplexity on each of `texts` of a copy of `quantized` that was adapted to it and is then thrown away."""
+    from lrquant.entrypoints.adapt import adapt
+    from lrquant.entrypoints.evaluate import evaluate
+
+    measured: dict[str, Perplexity] = {}
+    for text in texts:
+        with tempfile.TemporaryDirectory() as folder, console.watching(f"adapting to {text}") as progress:
+            path = Path(folder) / "adapted"
+            adapt(quantized, reference, text, save_dir=path, seqlen=seqlen, device=device, callback=progress)
+            measured |= evaluate(str(path), [text], seqlen, limit_windows=limit_windows, device=device)
+    return measured

@@ -1,0 +1,170 @@
+"""The verbs that measure: `evaluate` on text, `evaluate_images` and `evaluate_answers` on pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+
+from lrquant.calibration.dialogues import dialogues
+from lrquant.calibration.images import pictures
+from lrquant.calibration.text import evaluation_ids, text_name
+from lrquant.errors import UsageError
+from lrquant.evaluation import (
+    AnswerQuality,
+    ImageAccuracy,
+    Perplexity,
+    answer_quality,
+    image_accuracy,
+    perplexity,
+)
+from lrquant.loading.auto_class import Modality, modality_of
+from lrquant.loading.checkpoint import load
+from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device, window
+from lrquant.runtime.distributed import join
+
+PICTURES = 1000  # that are looked at unless a limit is given
+
+
+class Measuring(TypedDict, total=False):
+    """How a model is measured, and who hears of it.
+
+    device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
+    dtype: `auto` (float32 on CPUs, else bfloat16), `float32` or `bfloat16`; of a model by name.
+    trust_remote_code: whether code that comes with the model may run; False unless given.
+    callback: hears of progress, (just done, of how many).
+    """
+
+    device: str
+    dtype: str
+    trust_remote_code: bool
+    callback: Callable[[int, int], None]
+
+
+def evaluate(
+    model_or_path: Any,
+    texts: Sequence[str],
+    seqlen: int | None = None,
+    *,
+    limit_windows: int | None = None,
+    tokenizer: Any = None,
+    **how: Unpack[Measuring],
+) -> dict[str, Perplexity]:
+    """Perplexity of a model on each of `texts`, keyed by the set's or the file's name.
+
+    The text is cut into non-overlapping windows of `seqlen` tokens (2048, or as many as the model takes):
+
+        perplexity = exp of the mean over windows of −log p(token | those before it), over seqlen − 1 predictions each
+
+    A quantized checkpoint of lrquant's is evaluated with everything quantized, attention inputs included. Under
+    `torchrun` every rank makes the same call and takes its share of the windows; all get the values.
+
+    Args:
+        model_or_path: a name or folder, or a model in memory, with its `tokenizer`.
+        limit_windows: at most so many windows of each text, from its start.
+        how: `Measuring`.
+
+    Raises:
+        UsageError: the model does not take text, or a text cannot be found.
+    """
+    with _ready(model_or_path, tokenizer, how) as ready:
+        if ready.processor is None:
+            raise UsageError("a model in memory needs its tokenizer to be evaluated on text")
+        if modality_of(ready.model) == "image":
+            raise UsageError("this model takes image, not text: it has no perplexity")
+        tokenizer = getattr(ready.processor, "tokenizer", ready.processor)  # part of a multimodal model's processor
+        seqlen = window(ready.model.config.get_text_config(), seqlen)
+        ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
+        ready.to_device()
+        ranks = join(ready.device)
+        return {
+            name: perplexity(ready.model, tokens, seqlen, limit_windows, told=ready.callback, ranks=ranks)
+            for name, tokens in ids.items()
+        }
+
+
+def evaluate_images(
+    model_or_path: Any,
+    sources: Sequence[str],
+    limit: int | None = None,
+    *,
+    processor: Any = None,
+    **how: Unpack[Measuring],
+) -> dict[str, ImageAccuracy]:
+    """Top-1 and top-5 accuracy of an image classifier on each of `sources`: a folder with a subfolder per class,
+    a data set on the hub, or `zoo:shapes`; up to `limit` pictures of each (1000). `how` as in `evaluate`.
+
+    Raises:
+        UsageError: the model does not take pictures, or a source cannot be found.
+    """
+    chosen = partial(pictures, train=False, limit=limit or PICTURES)
+    with _ready(model_or_path, processor, how) as ready:
+        ready.check("image")
+        return {source: image_accuracy(*ready.pair, chosen(source), told=ready.callback) for source in sources}
+
+
+def evaluate_answers(
+    model_or_path: Any,
+    sources: Sequence[str],
+    limit: int | None = None,
+    *,
+    processor: Any = None,
+    **how: Unpack[Measuring],
+) -> dict[str, AnswerQuality]:
+    """Exact match and answer perplexity of a multimodal model on each of `sources`: `zoo:shapes-vqa`, or a .jsonl
+    file of questions with answers; up to `limit` questions of each (all of a file). `how` as in `evaluate`.
+
+    Raises:
+        UsageError: the model does not take pictures with text, or a source cannot be found.
+    """
+    chosen = partial(dialogues, train=False, limit=limit)
+    with _ready(model_or_path, processor, how) as ready:
+        ready.check("image+text")
+        return {source: answer_quality(*ready.pair, chosen(source), told=ready.callback) for source in sources}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model to be measured, what prepares its inputs, and where that happens."""
+
+    model: Any
+    processor: Any
+    device: torch.device
+    callback: Callable[[int, int], None]
+
+    def to_device(self) -> None:
+        self.model.to(self.device)
+
+    @property
+    def pair(self) -> tuple[Any, Any]:
+        return self.model, self.processor
+
+    def check(self, wanted: Modality) -> None:
+        """Move to the device, once it is known that the model takes `wanted`."""
+        found = modality_of(self.model)
+        if found != wanted:
+            raise UsageError(f"this model takes {found}, not {wanted}")
+        if self.processor is None:
+            raise UsageError("a model in memory needs its processor to be shown pictures")
+        self.to_device()
+
+
+@contextmanager
+def _ready(model_or_path: Any, processor: Any, how: Measuring) -> Iterator[_Ready]:
+    """The model, loaded if it is named, with its processor; afterwards it is where it was."""
+    unknown = how.keys() - Measuring.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown argument {min(unknown)!r}: there are {', '.join(Measuring.__annotations__)}")
+    device, trust = pick_device(how.get("device", "auto")), how.get("trust_remote_code", False)
+    model = model_or_path
+    if isinstance(model_or_path, str | Path):
+        model = load(str(model_or_path), compute_dtype(how.get("dtype", "auto"), device), trust)
+        processor = processor or load_processor(str(model_or_path), modality_of(model), trust)
+    home = next(model.parameters()).device
+    try:
+        yield _Ready(model, processor, device, how.get("callback", lambda done, total: None))
+    finally:
+        model.to(home)

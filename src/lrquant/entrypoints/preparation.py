@@ -1,0 +1,158 @@
+"""What quantize, adapt and the dry run begin with: a model, a resolved recipe and samples that go together.
+
+open      the machine, the original in its precision, with its blocks in memory or on disk
+sample    keyword arguments of calls, from the recipe's source or from token ids
+resolve   the recipe with nothing left to be chosen
+check     what the run would refuse is refused here, before anything is changed or written
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrquant.calibration.activation_cache import ActivationStore
+from lrquant.calibration.samples import TokenIds, samples_of, text_samples
+from lrquant.entrypoints.resolve import resolve
+from lrquant.errors import UsageError
+from lrquant.export.compressed_tensors import check_layout
+from lrquant.loading.original import Original, open_original
+from lrquant.loading.pretrained import compute_dtype, pick_device, window
+from lrquant.passes.pipeline import check_passes, needs_blocks, needs_model
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_preparation import check_group_size
+from lrquant.reconstruction.run import Run
+from lrquant.runtime.distributed import ALONE, Ranks, check_batch, join, local_world
+from lrquant.runtime.execution import Machine
+from lrquant.runtime.oom import advised, knobs
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A model, a recipe and samples that go together: nothing is left to be chosen, and all is checked.
+
+    Its memory is the model's; nothing of the model has been changed.
+    """
+
+    original: Original
+    asked: Recipe  # before it was resolved
+    recipe: Recipe
+    samples: Sequence[dict[str, Any]]  # keyword arguments of single-sample calls, those of all ranks
+    machine: Machine
+
+    @property
+    def streams(self) -> int:
+        """How many streams of hidden states there are at once."""
+        return 2 + self.recipe.two_branch
+
+    @cached_property
+    def keeps_blocks(self) -> bool:
+        return needs_blocks(self.recipe)
+
+    def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:
+        """Where this rank's streams wait; `samples`: how many there are, if not all of its share."""
+        share = len(self.machine.ranks.share(self.samples)) if samples is None else samples
+        return ActivationStore(activations, self.machine.device, folder, share, self.streams, local_world())
+
+    def run(self, cache: ActivationStore, **services: Any) -> Run:
+        """The run that is prepared here; `services` are `Run`'s: a journal, a callback, providers."""
+        given = {"keeps_blocks": self.keeps_blocks} | services
+        return Run(self.original, self.recipe, self.samples, self.machine, cache, **given)
+
+    def advising(self, cache: ActivationStore) -> Any:
+        """Within, running out of memory is an error of one line that names the knobs that help."""
+        recipe, dtype = self.recipe, self.machine.dtype
+        return advised(lambda: knobs(recipe.batch_size, recipe.seqlen, cache.where, dtype=dtype))
+
+
+def pick_machine(recipe: Recipe, device: str, *, shared: bool = True) -> Machine:
+    """The device called `device`, the precision of the recipe there, and the other ranks, if work is shared with them.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    found = pick_device(device)
+    return Machine(found, compute_dtype(recipe.dtype, found), join(found) if shared else ALONE)
+
+
+def prepare(
+    model_or_path: Any,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    calibration: str | Sequence[torch.Tensor] | TokenIds | None = None,
+    in_memory: bool = True,
+    processor: Any = None,
+    trust_remote_code: bool = False,
+) -> PreparedRun:
+    """Open the model, take the samples, resolve the recipe, and check that they go together.
+
+    Args:
+        model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model.
+        calibration: a source by name or path, or token ids, (1, tokens) each; None: the recipe's.
+        in_memory: whether the quantized model is to be left in memory. If not, blocks of a model by name stay on disk
+            until their turn, where the model and the recipe's passes allow it.
+
+    Raises:
+        UsageError, LrquantError: one line each; nothing has been changed or written.
+    """
+    given: TokenIds | None = None
+    if isinstance(calibration, str):
+        recipe = recipe.changed(calibration=calibration)
+    elif calibration is not None:
+        given = calibration if isinstance(calibration, TokenIds) else TokenIds(calibration)
+    check_shared(recipe, given, machine.ranks)
+    if isinstance(model_or_path, str | Path):
+        original = open_original(
+            model_or_path,
+            recipe,
+            machine.dtype,
+            offload=not in_memory and not needs_model(recipe),
+            keeps=in_memory or needs_blocks(recipe),
+            processor=processor,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        original = Original.in_memory(model_or_path, recipe, processor)
+    check_format(original, recipe)
+    samples = take_samples(original, recipe, given)
+    resolved = resolve(recipe, original, machine, samples=samples, given=given)
+    check_passes(original, resolved)
+    return PreparedRun(original, recipe, resolved, samples, machine)
+
+
+def check_shared(recipe: Recipe, given: TokenIds | None, ranks: Ranks) -> None:
+    """Raise unless the samples can be divided over `ranks`.
+
+    Raises:
+        UsageError: it names a batch size or number of samples that can.
+    """
+    check_batch(recipe.batch_size, recipe.nsamples if given is None else len(given.rows), ranks, recipe.learns)
+
+
+def take_samples(original: Original, recipe: Recipe, given: TokenIds | None) -> Sequence[dict[str, Any]]:
+    """Keyword arguments of one call per sample.
+
+    Raises:
+        UsageError: the source does not fit the model or is too small, or there is nothing that prepares its inputs.
+    """
+    if given is not None:
+        return text_samples(given.rows)
+    if original.processor is None:
+        raise UsageError("a model in memory needs its tokenizer or processor, or token ids as calibration")
+    config = original.model.config.get_text_config()
+    return samples_of(original.modality, original.processor, recipe, window=lambda seqlen: window(config, seqlen))
+
+
+def check_format(original: Original, recipe: Recipe) -> None:
+    """Raise unless a checkpoint can hold the model's blocks in the recipe's format.
+
+    Raises:
+        UsageError: it names the module and the remedy.
+    """
+    for stage in original.stages:
+        check_group_size(stage.blocks(original.model)[0], recipe.scheme.group_size)
+    check_layout(original.model, [f"{stage.path}.0" for stage in original.stages], recipe.stored_scheme)

@@ -1,0 +1,117 @@
+"""What the verbs answer with: a quantized model or an adapted checkpoint, how it came about, and what to know of it."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lrquant.architectures import Family, MultimodalFamily
+from lrquant.export import Sizes
+from lrquant.formats.activation_quant import install
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_preparation import linear_input_args
+from lrquant.reconstruction.records import BlockRecord
+from lrquant.reconstruction.result import Reconstruction
+
+
+@dataclass
+class Quantized:
+    """A quantized model in memory, and how it came about."""
+
+    _model: Callable[[], Any]
+    tokenizer: Any  # an image model's processor, a multimodal model's processor
+    recipe: Recipe
+    result: Reconstruction
+    sizes: Sizes
+    seconds: float
+    peak_memory_bytes: int
+    notes: list[str] = field(default_factory=list)
+    saved_to: Path | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The quantized model: the one changed in place, or the saved checkpoint, loaded when it is asked for."""
+        return self._model()
+
+    @property
+    def records(self) -> list[BlockRecord]:
+        return self.result.records
+
+
+@dataclass
+class Adapted:
+    """An adapted checkpoint, and how it came about."""
+
+    saved_to: Path
+    recipe: Recipe  # how the chosen blocks were learned
+    blocks: tuple[int, ...]  # those that were chosen
+    records: list[BlockRecord]
+    seconds: float
+
+
+def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstruction) -> None:
+    """Leave `model` computing as its checkpoint will."""
+    for path in result.block_paths:
+        block = model.get_submodule(path)
+        inputs = linear_input_args(block, recipe, result.flat_inputs_within(path))
+        install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
+    if recipe.scheme.inputs is not None:
+        linears = {name: model.get_submodule(name) for name in result.outside.weights}
+        schemes = {
+            module: recipe.scheme.for_linear(module.in_features, name in result.outside.flat).input_activations
+            for name, module in linears.items()
+        }
+        install(schemes, (), None)
+
+
+def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruction) -> list[str]:
+    """What a user should know of this result besides its numbers."""
+    notes = []
+    if isinstance(family, Family) and not family.known:
+        notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
+    if recipe.scheme.attention and not result.attention_quantized:
+        notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
+    if result.attention_quantized:
+        notes.append(
+            "Queries, keys and values are quantized by lrquant.load; plain transformers leaves them in floating point."
+        )
+    if result.added_biases:
+        notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+    if result.rotated.online:
+        notes.append("Inputs are transformed at run time: the checkpoint loads only after `import lrquant`.")
+    notes += result.rotated.notes
+    if recipe.dense:
+        notes.append(
+            f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "
+            "dense, in floating point, and saves no space. It is for research."
+        )
+    if recipe.layer_bits:
+        counts = Counter(recipe.layer_bits.values())
+        spread = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
+        notes.append(f"Bits of the linears follow from measured errors: {spread} bits; recipe.yaml names each.")
+    if result.tuning is not None:
+        before, after = result.tuning.initial_loss, result.tuning.final_loss
+        notes.append(
+            f"At last, scales and norms were learned for the whole model: its divergence from the original went from "
+            f"{before:.4g} to {after:.4g} nats a token."
+        )
+    elif recipe.tuning_epochs:
+        notes.append("The model answers without logits: it was not tuned as a whole.")
+    undone = [record.index for record in result.records if record.outcome == "kept initial"]
+    if undone:
+        notes.append(
+            f"Learning did not help blocks {', '.join(map(str, undone))}: they keep their initial transformation."
+        )
+    recovered = [record.index for record in result.records if record.recoveries]
+    if recovered:
+        notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")
+    stopped = [record for record in result.records if record.epochs_left]
+    if stopped:
+        epochs = sum(record.epochs_left for record in stopped)
+        notes.append(
+            f"The loss flattened early in {len(stopped)} of {len(result.records)} blocks: {epochs} epochs were left "
+            f"out, about {sum(record.seconds_saved for record in stopped):.0f} s."
+        )
+    return notes

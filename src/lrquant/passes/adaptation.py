@@ -1,0 +1,42 @@
+"""Test-time adaptation's part of the block loop: blocks keep what they are, or are learned again where that helps.
+
+Two providers of a block's parameters (reconstruction/run.py), in place of those that restore and learn: `Present.keep`
+gives the values of a quantized checkpoint, `Present.relearn` learns from the original's weights and keeps the
+checkpoint's values where they answer better.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lrquant.reconstruction.block_reconstruction import Learn, Rival
+from lrquant.reconstruction.run import BlockOutcome, BlockTask, ParameterProvider
+
+
+@dataclass(frozen=True)
+class Present:
+    """A quantized model whose blocks `relearned` are to be learned again."""
+
+    blocks: Sequence[Mapping[str, Tensor]]  # dequantized parameters of every block, by name
+    relearned: frozenset[int]
+    input_scales: Sequence[Mapping[str, Tensor]] = field(default_factory=list)  # FrozenBlock.input_scales, if any
+
+    def rival(self, index: int) -> Rival:
+        """What block number `index` is at present."""
+        return Rival(self.blocks[index], self.input_scales[index] if self.input_scales else {})
+
+    def providers(self) -> Sequence[ParameterProvider]:
+        return self.keep, self.relearn
+
+    def keep(self, task: BlockTask) -> BlockOutcome | None:
+        """The block as it is at present; None: it is to be learned again."""
+        if task.place.index in self.relearned:
+            return None
+        _, flat = task.forward.advance_full_precision(task.full_precision)
+        present = self.rival(task.place.index)
+        return BlockOutcome(present.parameters, present.input_scales, flat)
+
+    def relearn(self, task: BlockTask) -> BlockOutcome:
+        """The block learned again, or as it is at present where that answers better."""
+        return Learn().learned(task, self.rival(task.place.index))

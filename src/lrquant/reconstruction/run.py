@@ -1,0 +1,161 @@
+"""A model on its way through the passes, one block of it, and what gives a block its parameters.
+
+Run             the model, its recipe and samples, and the services around them
+BlockTask       one block on the device, with the original's weights; both streams hold what it receives
+BlockOutcome    what the block computes with from now on
+ParameterProvider   BlockTask → BlockOutcome; or None, and the next provider is asked
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor, nn
+
+from lrquant.architectures import Stage
+from lrquant.calibration.activation_cache import ActivationStore, Stream
+from lrquant.formats.activation_quant import quantized_activations, route_attention
+from lrquant.loading.block_source import BlockSource
+from lrquant.loading.original import BlockPlace, Original
+from lrquant.recipe import Recipe
+from lrquant.reconstruction.block_event import BlockEvent
+from lrquant.reconstruction.block_forward import BlockForward
+from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.block_preparation import enabled_equivalences, linear_input_args
+from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.compiled_block import CompiledBlocks
+from lrquant.reconstruction.journal import FinishedBlock, Journal
+from lrquant.reconstruction.result import Reconstruction
+from lrquant.runtime.execution import Machine
+from lrquant.transforms import Equivalence
+
+
+@dataclass
+class Run:
+    """A model on its way through the passes.
+
+    Args:
+        original: the full-precision model; its blocks are quantized in place.
+        recipe: resolved: nothing in it is left to be chosen.
+        samples: keyword arguments of single-sample calls, those of all ranks.
+        cache: where the two streams wait.
+        providers: where blocks get their parameters from, asked in this order; none: from the journal, else learned.
+        keeps_blocks: whether a later pass needs every block's frozen values and the full-precision stream.
+    """
+
+    original: Original
+    recipe: Recipe
+    samples: Sequence[dict[str, Any]]
+    machine: Machine
+    cache: ActivationStore
+    journal: Journal = field(default_factory=Journal)
+    callback: Callback = field(default_factory=Callback)
+    providers: Sequence["ParameterProvider"] = ()
+    keeps_blocks: bool = False
+    result: Reconstruction = field(init=False)
+    full_precision: Stream | None = field(init=False, default=None)  # x behind the last block, where blocks are kept
+
+    def __post_init__(self) -> None:
+        paths = [place.path for place in self.places]
+        self.result = Reconstruction(self.recipe, paths, attention_quantized=self.attention_args is not None)
+
+    @property
+    def model(self) -> Any:
+        return self.original.model
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The checkpoint's floating-point type."""
+        return self.original.storage_dtype
+
+    @property
+    def block_source(self) -> BlockSource:
+        """Where blocks are while they are not worked on."""
+        return self.original.block_source
+
+    def decide(self, **changes: Any) -> None:
+        """Write down what a pass has found out, such as how many bits each linear gets."""
+        self.recipe = self.result.recipe = self.recipe.changed(**changes)
+
+    @property
+    def places(self) -> Sequence[BlockPlace]:
+        return self.original.places
+
+    @cached_property
+    def attention_args(self) -> QuantizationArgs | None:
+        """How queries, keys and values are rounded; None: they are not, or the family's attention cannot be reached."""
+        attention = self.recipe.scheme.attention
+        return attention if attention is not None and route_attention(self.model) else None
+
+    @cached_property
+    def own_samples(self) -> Sequence[dict[str, Any]]:
+        """This rank's."""
+        return self.machine.ranks.share(self.samples)
+
+    @cached_property
+    def compiled(self) -> CompiledBlocks:
+        return CompiledBlocks(self.recipe, self.machine.device)
+
+    def equivalences(self, stage: Stage) -> Sequence[Equivalence]:
+        return enabled_equivalences(stage.equivalences, self.recipe)
+
+    def input_args(self, block: nn.Module, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
+        """Activation format of every linear's input in `block`; `flat` ones see (tokens, width)."""
+        return linear_input_args(block, self.recipe, flat)
+
+    @contextmanager
+    def activations_quantized(self, blocks: int) -> Iterator[None]:
+        """Within, the first `blocks` blocks, which are done, run with quantized activations."""
+        with ExitStack() as quantized:
+            for path in self.result.block_paths[:blocks]:
+                block = self.model.get_submodule(path)
+                inputs = self.input_args(block, self.result.flat_inputs_within(path))
+                quantized.enter_context(quantized_activations(block, inputs, self.attention_args))
+            yield
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block, on the device with the original's weights; both streams hold what it receives."""
+
+    run: Run
+    place: BlockPlace
+    block: nn.Module
+    forward: BlockForward
+    full_precision: Stream  # x
+    quantized: Stream  # x̂
+
+    @cached_property
+    def event(self) -> BlockEvent:
+        return BlockEvent(
+            self.place.index,
+            self.place.path,
+            self.block,
+            self.forward.call_one,
+            self.full_precision,
+            self.quantized,
+        )
+
+    @property
+    def equivalences(self) -> Sequence[Equivalence]:
+        return self.run.equivalences(self.place.stage)
+
+
+@dataclass(frozen=True)
+class BlockOutcome:
+    """What a block computes with from now on, and what is to be remembered of it."""
+
+    parameters: Mapping[str, Tensor]  # by name within the block
+    input_scales: Mapping[str, Tensor]  # FrozenBlock.input_scales
+    flat_inputs: set[str]  # linears that see (tokens, width)
+    finished: FinishedBlock | None = None  # None: the block was passed through, and nothing is to be told
+    frozen: FrozenBlock | None = None
+    fresh: bool = False  # of this run: the record still lacks its cosine and seconds, the journal its entry
+
+
+# Asked for a block's parameters, it moves x on to the original block's outputs. x̂ is the engine's own affair.
+ParameterProvider = Callable[[BlockTask], BlockOutcome | None]
