@@ -4,6 +4,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, preset_name_to_scheme
 
+from lrquant.cli.completion import format_names
 from lrquant.errors import UsageError
 from lrquant.formats import NamedFormat, format_of, register
 from lrquant.formats.fp4 import E2M1, MXFP4, NVFP4
@@ -57,6 +58,10 @@ def test_names_and_elements_are_taken_once() -> None:
     with pytest.raises(UsageError, match="alike"):
         register(NamedFormat("nvfp4-too", other, other))
     assert "nvfp4-too" not in TABLE
+
+
+def test_the_shell_offers_every_name() -> None:
+    assert sorted(format_names("")) == sorted(FORMATS)
 
 
 def test_what_a_weight_costs() -> None:

@@ -63,13 +63,17 @@ def test_checkpoints_answer_as_the_model_in_memory(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip-alone", "llava", "gemma3"])
-@pytest.mark.parametrize("changes", [{"abits": 4}, {"abits": 16, "symmetric": True}, {"abits": 16}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"abits": 4}, {"abits": 16, "symmetric": True}, {"abits": 16}, {"numbers": "fp8", "wbits": 8, "abits": 8}],
+    ids=str,
+)
 def test_towers_whose_code_fills_weights_unseen_load_without_lrquant(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """CLIP's and SigLIP's initialisation stumbles over packed weights; theirs are whole where they would be packed."""
-    method = {"method": "rtn", "quantize_attention": False, **changes}  # the file holds no scheme for attention
-    model, result, recipe = quantized(name, wbits=4, **method)
+    method = {"method": "rtn", "wbits": 4, "quantize_attention": False}  # the file holds no scheme for attention
+    model, result, recipe = quantized(name, **method | changes)
     save(tmp_path / "saved", model, result, recipe)
     plain = auto_model(model.config).from_pretrained(tmp_path / "saved")
     (inputs,) = inputs_of(name, dtype=torch.float32)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+_FORMATS = ["fp8", "fp8a16", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16"]
+_FORMATS += ["w4a16-g128", "w4a8-fp8", "w8a8", "w4a8"]
 _ZOO_MODELS = Path(__file__).parents[1] / "zoo" / "models"
 
 
@@ -20,7 +22,7 @@ def method_names(incomplete: str) -> list[str]:
 
 
 def format_names(incomplete: str) -> list[str]:
-    return _starting(incomplete, ["nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "w4a16-g128", "w8a8", "w4a8"])
+    return _starting(incomplete, _FORMATS)
 
 
 def calibration_names(incomplete: str) -> list[str]:

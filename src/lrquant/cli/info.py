@@ -101,13 +101,15 @@ def describe(directory: Path) -> Facts:
         bits += sum(8 * tensors[part].bytes for part in parts if part in tensors)
     wbits, abits = (weights or {}).get("num_bits", 16), (inputs or {}).get("num_bits", 16)
     group_size = (weights or {}).get("group_size")
-    short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}" + (f" g{group_size}" if group_size else "")
+    numbers = f"-{recipe['input_numbers'].upper()}" if isinstance(recipe.get("input_numbers"), str) else ""
+    groups_of = f" g{group_size}" if group_size else ""
+    short = f"W{recipe.get('wbits', wbits)}A{recipe.get('abits', abits)}{numbers}{groups_of}"
     if weights is not None and weights.get("type") == "float":
         scales = {"torch.float8_e4m3fn": "NV", "torch.uint8": "MX"}.get(str(weights.get("scale_dtype")), "")
         short = str(recipe.get("numbers", f"{scales}FP{wbits}")).upper() + ("A16" if inputs is None else "")
     widths = sorted({group["weights"]["num_bits"] for group in groups if group.get("weights")})
     if recipe.get("target_bits"):
-        short = f"W{recipe['target_bits']:g}A{abits}" + (f" g{group_size}" if group_size else "")
+        short = f"W{recipe['target_bits']:g}A{abits}{groups_of}"
     attention = bool(recipe.get("quantize_attention")) and abits != 16
     return Facts(
         path=str(directory),
@@ -144,11 +146,18 @@ def runs_in(
     wbits, abits = weights.get("num_bits"), (inputs or {}).get("num_bits", 16)
     if weights.get("type") == "float":
         loads = "weights unpacked while loading" if inputs is None else "weights unpacked, activations rounded"
-        return {"transformers": f"yes, {loads}", "vLLM": "yes, with its kernels for four-bit floats"}
+        kernels = "four-bit floats" if wbits == 4 else "FP8 (Hopper, Ada and later; weight-only by Marlin's elsewhere)"
+        return {"transformers": f"yes, {loads}", "vLLM": f"yes, with its kernels for {kernels}"}
     simulated = "yes; weights are unpacked, activations rounded as calibrated: right answers, not faster"
     if inputs is None:
         vllm = "yes" if wbits in (4, 8) else f"no: its weight-only kernels take 4 and 8 bits, not {wbits}"
         return {"transformers": "yes, weights unpacked while loading or running", "vLLM": vllm}
+    if (inputs or {}).get("type") == "float":
+        hopper = weights.get("group_size") == 128 and wbits == 4 and weights.get("symmetric")
+        vllm = (
+            "yes, with its W4A8 kernels for Hopper" if hopper else "no: only symmetric 4-bit weights in groups of 128"
+        )
+        return {"transformers": simulated, "vLLM": vllm}
     if wbits == abits == 8 and weights.get("symmetric"):
         return {"transformers": simulated, "vLLM": "yes, with its int8 kernels"}
     if (wbits, abits) == (4, 8) and weights.get("symmetric"):
@@ -165,6 +174,7 @@ def _described(args: dict[str, Any] | None) -> str:
         "channel": "per output channel",
         "group": f"per group of {args.get('group_size')}",
         "tensor_group": f"per group of {args.get('group_size')}, and one scale per tensor",
+        "block": f"per block of {' × '.join(map(str, args.get('block_structure') or []))}",
         "token": "per token, range found at run time",
         "tensor": "per tensor",
     }.get(str(args.get("strategy")), str(args.get("strategy")))

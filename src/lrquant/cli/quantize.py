@@ -116,7 +116,8 @@ def quantize(
         typer.Option(
             metavar="NAME",
             autocompletion=format_names,
-            help="A format by name: nvfp4, nvfp4a16, mxfp4, mxfp4a16, w4a16-g128, w8a8 or w4a8.",
+            help="A format by name: fp8, fp8-static, fp8-block, fp8a16, nvfp4, nvfp4a16, mxfp4, mxfp4a16, mxfp8, "
+            "mxfp8a16, w4a16-g128, w4a8-fp8, w8a8 or w4a8.",
             show_default="by the bits",
         ),
     ] = None,

@@ -5,9 +5,9 @@ zero point z of each group (lrquant.formats.number_format), and a factor r on th
 
     q = round(clamp(y/s + z + v))        x̂ = (q − z)·(s·r)
 
-(v is an offset that rounding learns, zero unless given; r is LRQuant+'s rotation vector.) Rounding is
-straight-through (its derivative is 1), everything else is differentiated exactly. Inside the clipping range x̂
-moves with y, outside it with the end m of the range, which the zero point follows:
+(v is an offset that rounding learns, in units of the scale or of the numbers' spacing; r is LRQuant+'s rotation
+vector.) Rounding is straight-through (its derivative is 1), everything else is differentiated exactly. Inside the
+clipping range x̂ moves with y, outside it with the end m of the range, which the zero point follows:
 
     inside     dx̂/r = dy + s·dv + (q − z − y/s)·ds
     outside    dx̂/r = dm + (q − z − m/s)·ds            (with z's own clamp open)
@@ -97,7 +97,10 @@ def place_on_grid(y: Tensor, found: Range, factors: Factors, how: Rounding) -> T
     q = y / found.scale
     if found.zero is not None:
         q = q + found.zero
-    return q if factors.offset is None else q + grouped(factors.offset, how.format.group_size)
+    if factors.offset is None:
+        return q
+    offset, spacing = grouped(factors.offset, how.format.group_size), how.format.elements.spacing(q)
+    return q + (offset if spacing is None else offset * spacing)
 
 
 def stored_scale(found: Range, factors: Factors, how: Rounding) -> Tensor:
@@ -177,7 +180,10 @@ def gradients_of_rows(
         assert row is not None
         grad_row = (with_values + to_low * low + to_high * high).sum((1, 2)) / row
     inside = grad_inside if gain is None else grad_inside * rounded_gain
-    grad_offset = (inside * found.scale).flatten(-2) if wants_offset else None
+    grad_offset = None
+    if wants_offset:
+        spacing = format.elements.spacing(y / found.scale)
+        grad_offset = (inside * found.scale if spacing is None else inside * found.scale * spacing).flatten(-2)
     grad_x = grad_column = None
     if wants_x or wants_column:
         at_low, at_high = (y == low).to(y.dtype), (y == high).to(y.dtype)

@@ -46,6 +46,9 @@ class E2M1:
         spacing = torch.where(size < 2, half, torch.where(size < 4, half * 2, half * 4))
         return (clamped / spacing).round() * spacing
 
+    def spacing(self, place: Tensor) -> None:
+        return None  # the octaves are few: an offset is in units of the scale
+
     def encode(self, numbers: Tensor) -> Tensor:
         magnitudes = torch.tensor(MAGNITUDES, dtype=numbers.dtype, device=numbers.device)
         return torch.bucketize(numbers.abs(), magnitudes).to(torch.uint8) + 8 * (numbers < 0).to(torch.uint8)

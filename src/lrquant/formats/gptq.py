@@ -57,6 +57,8 @@ def compensating_offsets(
         moved[:, end:].addmm_(errors, upper[begin:end, end:], alpha=-1)
     offsets = torch.empty_like(original)
     offsets[:, order] = (moved - original[:, order]) / scale
+    spacing = format.elements.spacing(y.reshape(rows, width) / found.scale.expand_as(y).reshape(rows, width))
+    offsets = offsets if spacing is None else offsets / spacing
     offsets[:, dead] = 0
     return offsets
 

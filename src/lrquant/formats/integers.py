@@ -31,6 +31,9 @@ class Integers:
     def nearest(self, clamped: Tensor) -> Tensor:
         return clamped.round()
 
+    def spacing(self, place: Tensor) -> None:
+        return None
+
     def encode(self, numbers: Tensor) -> Tensor:
         return numbers.to(torch.int8)
 

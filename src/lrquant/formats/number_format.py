@@ -56,6 +56,9 @@ class Elements(Protocol):
     def nearest(self, clamped: Tensor) -> Tensor:
         """The number nearest to each value, which lies within the range; of two equally near ones the even code."""
 
+    def spacing(self, place: Tensor) -> Tensor | None:
+        """What a rounding offset of one moves values at `place` by, in units of the scale; None: by one."""
+
     def encode(self, numbers: Tensor) -> Tensor:
         """A code for each of the numbers, in one byte each."""
 
