@@ -216,3 +216,41 @@ BY_PLACE = {
     "zoo.scripts.training": 2,
     "zoo.shapes": 2,
 }
+
+
+FOREIGN_PRIVATE: set[str] = set()  # modules that still have some
+FOREIGN = ("torch", "transformers", "datasets", "compressed_tensors")
+NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def own_private_names() -> set[str]:
+    """Names with a leading underscore that lrquant itself defines, anywhere."""
+    found = set(NAMED_TUPLES)
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, Function | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                found.add(node.attr)
+    return found
+
+
+def test_private_names_of_others_stand_in_compat_only() -> None:
+    own = own_private_names()
+    found = []
+    for module, path in MODULES.items():
+        if module in {"runtime.compat", *FOREIGN_PRIVATE}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in FOREIGN:
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            private = [name for name in names if name.startswith("_") and not name.startswith("__") and name not in own]
+            found += [f"{module}: {name}" for name in private]
+    assert not found

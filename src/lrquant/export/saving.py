@@ -28,6 +28,7 @@ from lrquant.formats import Scheme
 from lrquant.loading.auto_class import auto_model
 from lrquant.recipe import RECIPE_FILE, Recipe
 from lrquant.reconstruction.result import Reconstruction
+from lrquant.runtime import compat
 from lrquant.runtime.files import sync_tree, write_sums
 
 
@@ -141,7 +142,7 @@ def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str,
     """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    ignored = compat.ignored_on_save(model)
     return revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in ignored})
 
 

@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from lrquant.formats.fake_quant import fake_quantize
 from lrquant.formats.number_format import NumberFormat
 from lrquant.formats.presets import format_of
+from lrquant.runtime import compat
 
 _SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
 _GLOBAL_SCALE = "_lrquant_global_scale"  # a linear's: its input's global scale, once it is calibrated
@@ -58,10 +59,10 @@ for _name, _function in (("sdpa", _sdpa), ("eager", _eager)):
 
 def route_attention(model: Any) -> bool:
     """Send `model`'s attention through this file. False where the family does not use the registry."""
-    current = model.config._attn_implementation
+    current = compat.attention_implementation(model)
     if current.startswith(PREFIX):
         return True
-    if not type(model)._can_set_attn_implementation():
+    if not compat.can_choose_attention(model):
         return False
     model.set_attn_implementation(PREFIX + ("eager" if current == "eager" else "sdpa"))
     return True

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lrquant.formats.fake_quant_math import Factors, Gradients, Rounding, gradients_of_rows, quantize_rows
 from lrquant.formats.integers import Integers
+from lrquant.runtime import compat
 
 _CHOSEN: ContextVar[str] = ContextVar("kernels", default="eager")
 # Before, torch.compile passed over roundings on the way: a scale kept digits that the checkpoint does not hold.
@@ -136,8 +137,7 @@ def _complete(x: Tensor, factors: Factors, how: Rounding) -> Factors:
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled for any shapes; as it is where nothing can be compiled (no C++ compiler, say)."""
-    # One graph per number format and kind of tensor: a run of several formats needs more than the default of 8.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    compat.allow_many_graphs()
     # Without emulated casts, a scale that the checkpoint rounds would keep its extra digits inside the loop.
     compiled = torch.compile(function, dynamic=True, options={"emulate_precision_casts": True})
     works = True
@@ -147,7 +147,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         if works:
             try:
                 return compiled(*arguments)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except compat.compile_errors() as error:
                 works = False
                 _log.warning("torch.compile does not work here (%s): continuing without", str(error).splitlines()[0])
         return function(*arguments)

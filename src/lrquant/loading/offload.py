@@ -22,6 +22,7 @@ from lrquant.loading.block_source import BlockSource
 from lrquant.loading.pretrained import fetched_folder, load_config
 from lrquant.loading.source_tensors import Source, read_tensor, source_tensors
 from lrquant.loading.validation import weight_files
+from lrquant.runtime import compat
 from lrquant.runtime.memory import keep_large_apart
 
 LARGE = 1 << 30  # bytes of a model from which its steps need memory more than they need every last percent of speed
@@ -99,9 +100,9 @@ def open_offloaded(
     model = _skeleton(config, folder, dtype, trust_remote_code)
     stages = family_of(model).stages(model, towers)
     source = source_tensors(model, weight_files(folder), name)
-    if len(stages) > 1 or source.converted or model._get_dtype_plan(dtype):
+    if len(stages) > 1 or source.converted or compat.keeps_parts_in_float32(model, dtype):
         return None
-    model._weight_conversions = list(source.conversions)  # by which saving renames them back
+    compat.remember_conversions(model, list(source.conversions))  # by which saving renames them back
     sources = source.found
     block_source = OffloadedBlocks(model, sources, dtype)
     head = _untied_head(model)

@@ -12,8 +12,8 @@ everything else.
 import copy
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from lrquant.losses import means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import Prepared, prepared, rounded_weights
 from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.runtime import compat
 from lrquant.runtime.execution import matrix_products
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
@@ -58,7 +59,7 @@ class CompiledBlock:
                 output = functional_call(skeleton, parameters, (hidden,), dict(arguments))
             return means(output[0] if isinstance(output, tuple) else output, targets, recipe.loss)
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        compat.allow_many_graphs()
         # Without emulated casts, a scale that the checkpoint rounds would keep its extra digits inside the loop.
         self._answer = torch.compile(answer, fullgraph=True, dynamic=False, options={"emulate_precision_casts": True})
 
@@ -87,33 +88,15 @@ class CompiledBlock:
             if name not in weights and name not in by.vectors
         }
         try:
-            with nullcontext() if self._compiled else _remembered():
+            with nullcontext() if self._compiled else compat.kept_on_disk():
                 answer: Tensor = self._answer(weights, others, by, hidden, arguments, targets)
             self._compiled = True
             return answer
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except compat.compile_errors() as error:
             self.works = False
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
             return None
-
-
-@contextmanager
-def _remembered() -> Iterator[None]:
-    """What is compiled within is kept on disk, its derivation included: another run does without it.
-
-    PyTorch asks for a word that this is safe. Its key is the graph, which spells out both directions of fake
-    quantization, and entering autocast depends on nothing but its arguments.
-    """
-    known = torch._inductor.config
-    entries = {f"torch.amp.autocast_mode.{name}": "1" for name in ("_enter_autocast", "_exit_autocast")}
-    with ExitStack() as within:
-        if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
-            within.enter_context(torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True))
-        if hasattr(known, "unsafe_marked_cacheable_functions"):
-            marked = known.unsafe_marked_cacheable_functions | entries
-            within.enter_context(known.patch(unsafe_marked_cacheable_functions=marked))
-        yield
 
 
 def _ask_compiler() -> None:
@@ -121,12 +104,11 @@ def _ask_compiler() -> None:
 
     What goes wrong here goes wrong again where it is needed, and is told there.
     """
-    # Imported here already: two threads must not import parts of PyTorch at once.
-    from torch._inductor import codecache, cpu_vec_isa  # noqa: F401
+    question = compat.question_to_the_cpp_compiler()
 
     def ask() -> None:
         with suppress(Exception):
-            cpu_vec_isa.pick_vec_isa()
+            question()
 
     threading.Thread(target=ask, name="lrquant asks the compiler", daemon=True).start()
 

@@ -20,6 +20,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
+from lrquant.runtime.compat import rust_tokenizer
 from lrquant.zoo.corpus import documents, rest_of_library
 from lrquant.zoo.scripts.training import descend, save_trained
 
@@ -31,7 +32,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> PreTrainedToken
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END], show_progress=False)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token=END, bos_token=END, pad_token=END, model_max_length=SEQLEN
+        tokenizer_object=rust_tokenizer(bpe), eos_token=END, bos_token=END, pad_token=END, model_max_length=SEQLEN
     )
 
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from lrquant.runtime.compat import rust_tokenizer
 from lrquant.zoo.scripts.outliers import grow_outliers
 from lrquant.zoo.scripts.patch_teacher import PatchTeacher
 from lrquant.zoo.scripts.training import Curve, Descent, pixels_of, save_trained
@@ -56,7 +57,7 @@ def build_processor() -> LlavaProcessor:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=384, special_tokens=[PAD, END, PICTURE], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=PAD, model_max_length=256, padding_side="left"
+        tokenizer_object=rust_tokenizer(bpe), eos_token=END, pad_token=PAD, model_max_length=256, padding_side="left"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": [PICTURE]})
     size = {"height": SIZE, "width": SIZE}
