@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrquant.runtime.profile import timed
+
 
 class _Enough(Exception):
     """The last block was reached; the head need not run."""
@@ -127,6 +129,7 @@ def answering(blocks: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterat
             del block.forward
 
 
+@timed("capture")
 @torch.no_grad()
 def capture(
     model: nn.Module,

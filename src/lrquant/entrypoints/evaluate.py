@@ -25,6 +25,7 @@ from lrquant.loading.auto_class import Modality, modality_of
 from lrquant.loading.checkpoint import load
 from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device, window
 from lrquant.runtime.distributed import join
+from lrquant.runtime.profile import timed
 
 PICTURES = 1000  # that are looked at unless a limit is given
 
@@ -44,6 +45,7 @@ class Measuring(TypedDict, total=False):
     callback: Callable[[int, int], None]
 
 
+@timed("evaluate")
 def evaluate(
     model_or_path: Any,
     texts: Sequence[str],

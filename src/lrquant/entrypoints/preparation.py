@@ -28,6 +28,7 @@ from lrquant.reconstruction.run import Run
 from lrquant.runtime.distributed import ALONE, Ranks, check_batch, join, local_world
 from lrquant.runtime.execution import Machine
 from lrquant.runtime.oom import advised, knobs
+from lrquant.runtime.profile import timed
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def pick_machine(recipe: Recipe, device: str, *, shared: bool = True) -> Machine
     return Machine(found, compute_dtype(recipe.dtype, found), join(found) if shared else ALONE)
 
 
+@timed("load")
 def prepare(
     model_or_path: Any,
     recipe: Recipe,

@@ -39,6 +39,7 @@ from lrquant.resume.journal import DiskJournal
 from lrquant.resume.run_directory import RunDirectory, run_directory, run_folder
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
+from lrquant.runtime.profile import profiling, timed
 from lrquant.transforms.statistics import ChannelStatistics
 
 
@@ -105,7 +106,8 @@ def quantize(
     machine = pick_machine(asked, options.get("device", "auto"))
     observer = Observer() if options.get("report") and machine.ranks.first else None
     writes = target is not None and machine.ranks.first
-    with run_directory(target, options.get("restart", False)) if writes and target else nullcontext() as directory:
+    held = run_directory(target, options.get("restart", False)) if writes and target else nullcontext()
+    with profiling() as profile, held as directory:
         prepared = prepare(
             model_or_path,
             asked,
@@ -133,6 +135,7 @@ def quantize(
         memory.peak_bytes(),
         notes,
         target,
+        profile.seconds(),
     )
     if observer is not None and target is not None:
         report_quantized(quantized, observer, Subject(name, f"lrquant.quantize({name!r}, …)", machine.device))
@@ -211,6 +214,7 @@ class _Writing:
         if self._directory is not None:
             self._directory.claim(identity)
 
+    @timed("write")
     def save(self, result: Reconstruction) -> Sizes:
         """Put the checkpoint in its place, unless it is there; returns what it takes, or would take, on disk."""
         original, ranks = self._prepared.original, self._prepared.machine.ranks

@@ -13,6 +13,7 @@ from lrquant.entrypoints.results import Adapted, Quantized
 from lrquant.evaluation import Perplexity
 from lrquant.report.observer import Observer
 from lrquant.report.run import Compared, Metric, Run, save_run
+from lrquant.runtime.profile import timed
 
 
 def perplexity_metrics(before: dict[str, Perplexity], after: dict[str, Perplexity]) -> list[Metric]:
@@ -64,6 +65,7 @@ def report_quantized(
             recipe=recipe.model_dump(mode="json"),
             seconds=quantized.seconds,
             peak_memory_bytes=quantized.peak_memory_bytes,
+            profile=quantized.profile,
             checkpoint_bytes=sizes.checkpoint_bytes,
             original_bytes=sizes.bf16_bytes,
             bits_per_weight=sizes.bits_per_weight,
@@ -111,6 +113,7 @@ def _circumstances(observer: Observer, device: torch.device) -> dict[str, Any]:
     }
 
 
+@timed("report")
 def _leave(directory: Path, observer: Observer, run: Run, *, output: Path | None = None) -> Path:
     from lrquant.report.page import write_report  # matplotlib, only when something is drawn
 

@@ -29,6 +29,7 @@ class Quantized:
     peak_memory_bytes: int
     notes: list[str] = field(default_factory=list)
     saved_to: Path | None = None
+    profile: dict[str, float] = field(default_factory=dict)  # seconds by part (lrquant.runtime.profile)
 
     @cached_property
     def model(self) -> Any:

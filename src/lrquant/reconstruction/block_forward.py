@@ -22,6 +22,7 @@ from lrquant.reconstruction.fixed_parameters import BlockParameters, linear_name
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.runtime.distributed import ALONE, Ranks
 from lrquant.runtime.execution import matrix_products
+from lrquant.runtime.profile import timed
 from lrquant.transforms.statistics import ChannelStatistics, extremes_of
 
 
@@ -78,6 +79,7 @@ class BlockForward:
         for start in range(0, len(everything), self.at_once):
             yield list(everything[start : start + self.at_once])
 
+    @timed("own-branch targets")
     @torch.no_grad()
     def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
         """The block's outputs on `stream`, kept apart from it."""
@@ -87,6 +89,7 @@ class BlockForward:
                 result.append(output)
         return result
 
+    @timed("full-precision pass and statistics")
     @torch.no_grad()
     def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
         """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
@@ -133,6 +136,7 @@ class BlockForward:
             statistics[name].add(everything[:, 0], everything[:, 1])
         return statistics, flat
 
+    @timed("input statistics")
     @torch.no_grad()
     def input_scales(
         self, stream: Stream, frozen: FrozenBlock, format: NumberFormat, storage_dtype: torch.dtype
@@ -161,6 +165,7 @@ class BlockForward:
         scales = {name: format.global_scale(self.ranks.most(found), storage_dtype) for name, found in most.items()}
         return {name: scale.cpu() for name, scale in scales.items() if scale is not None}
 
+    @timed("advance")
     @torch.no_grad()
     def advance(self, stream: Stream, targets: Sequence[Tensor]) -> float:
         """Replace `stream` by the block's outputs; returns their mean cosine similarity to `targets`."""
@@ -181,6 +186,7 @@ class BlockForward:
         total, samples = self.ranks.sum(torch.tensor([total, len(stream)], dtype=torch.float64)).tolist()
         return total / samples
 
+    @timed("input statistics")
     @torch.no_grad()
     def second_moments(self, stream: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """XᵀX (in, in) of every linear's inputs, as the linear sees them, in the block with `parameters`.

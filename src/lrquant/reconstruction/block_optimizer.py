@@ -16,6 +16,7 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction.learnables import Learnables, keep_within_bounds, parameter_groups
 from lrquant.reconstruction.records import Outcome
 from lrquant.runtime.distributed import ALONE, Ranks
+from lrquant.runtime.profile import timed
 
 FLAT_EPOCHS = 2  # over which an early stop looks at the loss
 MOST_RECOVERIES = 5
@@ -58,6 +59,7 @@ def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
     return [int(members[turn]) for turn in range(len(classes[0])) for members in classes if turn < len(members)]
 
 
+@timed("measure")
 @torch.no_grad()
 def measure(
     forward: Forward,
@@ -76,6 +78,7 @@ def measure(
     return total / len(chosen)
 
 
+@timed("steps")
 def learn(
     forward: Forward,
     initial: Learnables,

@@ -16,6 +16,7 @@ from lrquant.formats.gptq import compensating_offsets
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import edits_of
 from lrquant.reconstruction.learnables.rounding_offset import RoundingOffset
+from lrquant.runtime.profile import timed
 from lrquant.transforms import Edits, applied, materialize
 from lrquant.transforms.statistics import ChannelStatistics
 
@@ -199,6 +200,7 @@ class _Parameters(Mapping[str, Tensor]):
         return len(self.frozen.dense) + len(self.frozen.weights)
 
 
+@timed("freeze")
 @torch.no_grad()
 def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBlock:
     """Codes, scales and zero points of the learned block; dense weights where a learnable fits into none of them."""

@@ -12,8 +12,8 @@ everything else.
 import copy
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from lrquant.reconstruction.block_parameters import Prepared, prepared, rounded_
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.runtime import compat
 from lrquant.runtime.execution import matrix_products
+from lrquant.runtime.profile import part
 
 _SIMPLE = (bool, int, float, str, torch.dtype, type(None))
 _PLACE = {"layer_idx"}  # tells blocks apart that run the same code
@@ -88,7 +89,7 @@ class CompiledBlock:
             if name not in weights and name not in by.vectors
         }
         try:
-            with nullcontext() if self._compiled else compat.kept_on_disk():
+            with nullcontext() if self._compiled else _compiling():
                 answer: Tensor = self._answer(weights, others, by, hidden, arguments, targets)
             self._compiled = True
             return answer
@@ -97,6 +98,12 @@ class CompiledBlock:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
             return None
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    with part("compile"), compat.kept_on_disk():
+        yield
 
 
 def _ask_compiler() -> None:

@@ -28,6 +28,7 @@ from lrquant.reconstruction.learnables.clipping import Clipping
 from lrquant.reconstruction.learnables.smoothing import Smoothing
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.report.run import Block, Error, Errors, LinearInput, Sensitivity
+from lrquant.runtime.profile import timed
 
 MOST_TOKENS, MOST_SAMPLES = 1024, 4  # that are looked at
 MOST_CHANNELS = 512
@@ -56,12 +57,14 @@ class Observer(Callback):
         self.looked_at = ""
         self._begun: _Begun | None = None
 
+    @timed("report")
     def block_begins(self, view: BlockEvent) -> None:
         chosen = choose_samples(view.full_precision)
         tokens = sum(view.full_precision[sample].shape[:-1].numel() for sample in chosen)
         self.looked_at = f"{len(chosen)} calibration samples, {tokens} tokens"
         self._begun = _Begun(view.index, _part(view.full_precision, chosen), _part(view.quantized, chosen))
 
+    @timed("report")
     def block_decided(self, view: BlockEvent, decided: BlockDecision) -> None:
         if self._begun is None or self._begun.index != view.index:
             return
@@ -70,6 +73,7 @@ class Observer(Callback):
         self._look(_Looking(view, decided, x, x_hat, _part(view.full_precision, list(x))), block)
         self._begun.block = block
 
+    @timed("report")
     def block_ends(self, view: BlockEvent) -> None:
         if self._begun is None or self._begun.index != view.index:
             return

@@ -110,6 +110,7 @@ class Run(_Kept):
     created: str  # ISO 8601
     seconds: float
     peak_memory_bytes: int | None = None
+    profile: dict[str, float] = Field(default_factory=dict)  # seconds by part
     device: str
     checkpoint_bytes: int | None = None
     original_bytes: int | None = None  # in bf16

@@ -37,6 +37,7 @@ from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.resume.fingerprint import digest_of
 from lrquant.resume.manifest import BitsEntry, BlockEntry, read_entry, write_entry
 from lrquant.runtime.files import checksum, write_tensors
+from lrquant.runtime.profile import timed
 
 _KINDS = ("learned:", "scale:", "absmax:", "midpoint:")  # of a finished block's tensors
 
@@ -116,6 +117,7 @@ class DiskJournal(Journal):
         tensors = {kind + name: tensor.clone() for kind in _KINDS for name, tensor in self._read(place, kind)}
         return FinishedBlock.of(tensors, entry.record, entry.flat_inputs, entry.added_biases)
 
+    @timed("write")
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
         packed = pack_block(frozen, self._scheme.within(path), self._storage_dtype, needs_whole_weights(block, ""))
         tensors = {f"packed:{name}": tensor for name, tensor in packed.items()}
