@@ -1,8 +1,9 @@
-"""Draw the figures of docs/concepts.md with lrquant's own functions: `python scripts/concept_figures.py`.
+"""Draw the figures of README.md and docs/concepts.md with lrquant's own functions: `python scripts/concept_figures.py`.
 
 A test draws them again and compares what is written in them.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from lrquant.formats import Factors, fake_quantize_weight
 from lrquant.formats.integers import integers
 from lrquant.report.style import FINAL, GRID, INHERITED, INK, MUTED, PLAIN, START, WARN, canvas, drawing, to_svg
 from lrquant.transforms.smoothing import log_scale, smoothquant_scale
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "peers" / "results.jsonl"
+COMPARED = {  # method in the results: label, colour, marker
+    "lrquant-max": ("lrquant-max", FINAL, "o"),
+    "auto-round/default": ("AutoRound", START, "s"),
+    "llm-compressor/gptq": ("GPTQ", INHERITED, "^"),
+    "llm-compressor/awq": ("AWQ", WARN, "D"),
+    "llm-compressor/rtn": ("round to nearest", PLAIN, "x"),
+}
 FOLDER = Path(__file__).parents[1] / "docs" / "figures"
 COLOURS = {  # that can be read on white and on black: a picture in a page does not know the page's theme
     INK: "#7d8590",
@@ -102,10 +112,33 @@ def direction() -> Figure:
     return figure
 
 
+def peers() -> Figure:
+    """Perplexity lost over bits per weight, from the results of benchmarks/peers.py."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    text = "zoo:pydoc"
+    full = next(line["perplexity"][text] for line in lines if line["method"] == "full precision")
+    figure, axes = canvas(3.0)
+    for method, (label, colour, marker) in COMPARED.items():
+        points = []
+        for row in ("W4A16 g128", "W3A16 g128", "W2A16 g64"):
+            found = [line for line in lines if line["row"] == row and line["method"] == method]
+            bits, group = found[0]["numbers"]["wbits"], found[0]["numbers"]["group_size"]
+            mean = float(np.mean([line["perplexity"][text] for line in found]))
+            # Beside its integers a group has a 16-bit scale and a zero point.
+            points.append((bits + (16 + bits) / group, mean / full - 1))
+        axes.semilogy(*zip(*points, strict=True), marker + "-", color=colour, label=label)
+    axes.set_xlabel("bits per weight, scales and zero points included")
+    axes.set_ylabel("perplexity above full precision")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.legend(loc="upper right")
+    return figure
+
+
 FIGURES: dict[str, tuple[Callable[[], Figure], str]] = {
     "outlier": (outlier, "With an outlier in the group, four bits leave only a few steps for ordinary values."),
     "clipping": (clipping, "Rounding error over the kept part of the range; the fewer bits, the more clipping pays."),
     "starts": (starts, "Where smoothing scales start, over the largest activation of a channel."),
+    "peers": (peers, "Perplexity above full precision over bits per weight: lower is better."),
     "direction": (direction, "Two errors of the same length, one along the output and one across it."),
 }
 
