@@ -109,7 +109,7 @@ def test_adaptation_keeps_the_layout(tiny: Path, tmp_path: Path) -> None:
     recipe = Recipe.preset("lrquant", format="fp8-static", **SETTINGS)
     lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out")
     rows = [torch.randint(5, 200, (1, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
-    lrquant.adapt(tmp_path / "out", tiny, rows, tmp_path / "adapted", epochs=1)
+    lrquant.adapt(tmp_path / "out", tiny, rows, save_dir=tmp_path / "adapted", epochs=1)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "adapted"))
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
