@@ -1,6 +1,7 @@
 """Bad input: one clear line, the right exit code, and nothing left behind."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -140,14 +141,38 @@ def raw(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda model: (model / name).write_bytes(content) and None
 
 
-def unfinished(content: str) -> Callable[[Path, Path], list[Any]]:
-    """A run's folder with this in place of its description."""
+def without_tokenizer(model: Path) -> None:
+    for path in model.glob("*token*"):
+        path.unlink()
+
+
+def huge_tokenizer(model: Path) -> None:
+    os.truncate(model / "tokenizer.json", 3 << 30)  # a sparse file
+
+
+def a_fifo(name: str) -> Callable[[Path], None]:
+    def on(model: Path) -> None:
+        (model / name).unlink()
+        os.mkfifo(model / name)
+
+    return on
+
+
+def shards_without_index(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+
+
+def unfinished(content: str | None) -> Callable[[Path, Path], list[Any]]:
+    """A run's folder with this in place of its description; None: a FIFO."""
 
     def case(tiny: Path, tmp: Path) -> list[Any]:
         (tmp / ".out.lrquant").mkdir()
-        (tmp / ".out.lrquant" / "lock").touch()
+        (tmp / ".out.lrquant" / "lock").write_text("lrquant 1\n")
         (tmp / ".out.lrquant" / "00000.json").write_text("{}")  # a block: the folder is worth keeping
-        (tmp / ".out.lrquant" / "run.json").write_text(content)
+        if content is None:
+            os.mkfifo(tmp / ".out.lrquant" / "run.json")
+        else:
+            (tmp / ".out.lrquant" / "run.json").write_text(content)
         return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
 
     return case
@@ -219,6 +244,16 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "device": (2, "device 'cuda:7'", quantize("--device", "cuda:7")),
     "device name": (2, "device 'gpu'", quantize("--device", "gpu")),
     "json folder": (2, "its folder does not exist", quantize("--json", "/no/such/folder/x.json")),
+    "json in a place for no files": (2, "--json /proc/x.json: cannot be written", quantize("--json", "/proc/x.json")),
+    "json into a folder": (2, "--json /: this is a folder", quantize("--json", "/")),
+    "statistics into a folder": (2, "--save-statistics /: this is a folder", quantize("--save-statistics", "/")),
+    "log file": (2, "--log-file /proc/x: cannot be written", quantize("--log-file", "/proc/x")),
+    "a name of 250 letters": (
+        2,
+        "the name is longer than 247 bytes",
+        lambda tiny, tmp: ["quantize", tiny, *QUICK, "--save-dir", tmp / ("x" * 250)],
+    ),
+    "a device": (2, "is a file", lambda tiny, tmp: ["quantize", tiny, *QUICK, "--save-dir", "/dev/null"]),
     "occupied": (2, "is not empty", occupied),
     "a file": (2, "is a file", save_dir_is_a_file),
     "not writable": (
@@ -286,7 +321,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         damaged(lambda m: raw("config.json", b'{"model_type": "llama", "head_dim": 1' + b"0" * 4000 + b"}")(m)),
     ),
     "text for a number": (1, "cannot be loaded", damaged(config(hidden_size="many"))),
-    "no heads": (1, "cannot be loaded", damaged(config(num_attention_heads=0))),
+    "no heads": (1, "num_attention_heads = 0, which no model has", damaged(config(num_attention_heads=0))),
     "fewer layers than weights": (1, "cannot be loaded", damaged(config(hidden_size=32))),
     "a nested configuration": (
         1,
@@ -316,13 +351,36 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         "cannot be loaded",
         damaged(rewrite(lambda t: t.update({"model.norm.weight": torch.ones(3)}))),
     ),
+    "a block of zeros": (
+        1,
+        "model.layers.0: every weight is zero",
+        damaged(rewrite(lambda t: [v.zero_() for n, v in t.items() if n.startswith("model.layers.0.")] and None)),
+    ),
     "infinite weight": (
         1,
         "model.layers.0.mlp.down_proj.weight holds NaN or infinite",
         damaged(rewrite(lambda t: t["model.layers.0.mlp.down_proj.weight"].fill_(torch.inf))),
     ),
+    "no layers": (1, "num_hidden_layers = 0, which no model has", damaged(config(num_hidden_layers=0))),
+    "less than no layers": (1, "num_hidden_layers = -1", damaged(config(num_hidden_layers=-1))),
+    "no vocabulary": (1, "vocab_size = 0", damaged(config(vocab_size=0))),
+    "a negative head": (1, "head_dim = -16", damaged(config(head_dim=-16))),
+    "an unknown activation": (1, "cannot be loaded", damaged(config(hidden_act="gelux"))),
+    "an unknown rotary embedding": (1, "cannot be loaded", damaged(config(rope_parameters={"rope_type": "spiral"}))),
+    "a corrupt generation config": (1, "cannot be loaded", damaged(raw("generation_config.json", b"{"))),
+    "kernels from the hub": (
+        1,
+        "_attn_implementation = 'kernels-community/x' is code from the hub",
+        damaged(config(_attn_implementation="kernels-community/x")),
+    ),
+    "shards without an index": (1, "which says what is in them", damaged(shards_without_index)),
+    "no tokenizer": (1, "has no tokenizer beside its weights", damaged(without_tokenizer)),
+    "a tokenizer of gigabytes": (1, "tokenizer.json: larger than", damaged(huge_tokenizer)),
+    "a tokenizer that never ends": (1, "tokenizer.json: not a regular file", damaged(a_fifo("tokenizer.json"))),
+    "a configuration that never ends": (2, "no config.json", damaged(a_fifo("config.json"))),
     # Recipes.
     "recipe with a bomb": (2, "aliases have no place", recipe_file("a: &a [x]\nb: [*a, *a]\n")),
+    "recipe with a key twice": (2, "the key 'wbits' stands there twice", recipe_file("wbits: 4\nwbits: 8\n")),
     "recipe of a thousand levels": (2, "not valid YAML", recipe_file("wbits: " + "[" * 2000 + "]" * 2000)),
     "recipe of megabytes": (2, "this is no recipe", recipe_file("# " + "x" * 2_000_000)),
     "recipe that is a folder": (
@@ -358,6 +416,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "a parquet that is none": (2, "not a readable parquet", calibration_file("a.parquet", b"PAR1 and so on")),
     "a picture for a text": (2, "text is read from", calibration_file("a.png", b"\x89PNG")),
     # Unfinished runs that others left.
+    "a run that never ends": (2, "whose run this is cannot be told", unfinished(None)),
     "a damaged run": (2, "whose run this is cannot be told", unfinished("{")),
     "a run of something else": (2, "damaged (its checksum does not match)", unfinished('{"sha256": "0", "entry": {}}')),
     "adapting what is no checkpoint": (

@@ -12,7 +12,7 @@ import typer
 from lrquant.cli import console
 from lrquant.cli.completion import model_names
 from lrquant.cli.tracking import Tracker
-from lrquant.errors import LrquantError, UsageError
+from lrquant.errors import LrquantError, Terminated, UsageError
 
 
 class Dtype(StrEnum):
@@ -57,9 +57,12 @@ LogFile = Annotated[
 
 
 class Stopped(LrquantError):
-    """Control-C as an error: typer ends the program at a KeyboardInterrupt, and its line would be lost."""
+    """Control-C or SIGTERM as an error: typer ends the program at a KeyboardInterrupt, and its line would be lost."""
 
-    exit_code = 130
+    def __init__(self, stopped: KeyboardInterrupt) -> None:
+        super().__init__(str(stopped) or "interrupted")
+        terminated = isinstance(stopped, Terminated) or isinstance(stopped.__cause__, Terminated)
+        self.exit_code = 143 if terminated else 130
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +73,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*values, **given)
         except KeyboardInterrupt as error:
-            raise Stopped(str(error) or "interrupted") from error
+            raise Stopped(error) from error
 
     return wrapped
 

@@ -27,7 +27,7 @@ from lrquant.cli.reporting import command_line, metrics_of
 from lrquant.cli.results import figures, show
 from lrquant.cli.settings import takes_settings
 from lrquant.cli.tracking import tracking
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
 
 if TYPE_CHECKING:
     from lrquant.recipe import Recipe
@@ -121,7 +121,8 @@ def quantize(
     log_to: LogTo = None,
 ) -> None:
     """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
-    console.check_json_path(json)
+    console.check_output(json)
+    console.check_output(save_statistics, "--save-statistics")
     chosen = _recipe(settings, recipe, lr_plus, paper_exact, format)
     save_dir = save_dir or default_folder(model, chosen)
 
@@ -162,7 +163,10 @@ def quantize(
             activations=activations.value,
         )
         if save_statistics and first:
-            save_statistics_file(save_statistics, quantized.result.statistics)
+            try:
+                save_statistics_file(save_statistics, quantized.result.statistics)
+            except LrquantError as error:  # the checkpoint is whole, and its figures are worth more
+                console.note(str(error))
         measured, original = {}, {}
         if eval_ppl:
             how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -193,11 +197,13 @@ def quantize(
     show(quantized, measured, adapted, original, save_dir / "report.html" if report else None)
     show_tasks(by_task)
     values = figures(quantized, measured, adapted, original)
-    console.write_json(json, {"model": model, **values, "tasks": by_task.results})
-    if push_to_hub:
-        with console.status(f"Uploading to {push_to_hub}"):
-            address = push(save_dir, push_to_hub, private)
-        console.note(f"uploaded: {address}")
+    try:
+        if push_to_hub:
+            with console.status(f"Uploading to {push_to_hub}"):
+                address = push(save_dir, push_to_hub, private)
+            console.note(f"uploaded: {address}")
+    finally:
+        console.write_json(json, {"model": model, **values, "tasks": by_task.results})
 
 
 def default_folder(model: str, recipe: "Recipe") -> Path:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,22 @@ from lrquant.export.shards import ShardWriter
 from lrquant.export.sizes import Sizes
 from lrquant.formats import Scheme
 from lrquant.loading.auto_class import auto_model
-from lrquant.recipe import RECIPE_FILE, Recipe
+from lrquant.loading.source_tensors import SourceTensors
+from lrquant.recipe import RECIPE_FILE
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime import compat
 from lrquant.runtime.files import sync_tree, write_sums
+from lrquant.runtime.paths import permit, public_name
 
 
 def check_save_dir(save_dir: str | Path) -> Path:
     """Raise before any work is spent when `save_dir` cannot become the result."""
-    path = Path(save_dir)
-    if path.is_file():
+    path = Path(os.path.realpath(save_dir))
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: the save directory is a file; name another")
+    if os.path.ismount(path):
+        raise UsageError(f"{path}: a mount point, which cannot be renamed; name a folder in it")
     if path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path}: the save directory is not empty; name another or empty it")
     ancestor = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
@@ -56,7 +62,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}-"))
         yield temporary
-        temporary.chmod(0o755)
+        permit(temporary, 0o777)
         sync_tree(temporary)
         os.replace(temporary, target)
     except BaseException as error:
@@ -70,13 +76,16 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def measure_sizes(model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0) -> Sizes:
+def measure_sizes(
+    model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0, *, dtype: torch.dtype
+) -> Sizes:
     """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`.
 
-    `untied` parameters are not in the original, where they are tied to others.
+    `untied` parameters are not in the original, where they are tied to others; `dtype` is the original's.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters()) - untied
-    return Sizes(checkpoint_bytes, 2 * parameters, bits / weights if weights else 16.0)
+    spent = bits / weights if weights else 8.0 * dtype.itemsize
+    return Sizes(checkpoint_bytes, 2 * parameters, spent, dtype.itemsize)
 
 
 def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype) -> Sizes:
@@ -90,7 +99,7 @@ def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, st
         within = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
         more = quantized_size(frozen.weights, within)
         weights, bits = weights + more[0], bits + more[1]
-    return measure_sizes(model, total, weights, bits, result.rotated.untied)
+    return measure_sizes(model, total, weights, bits, result.rotated.untied, dtype=storage_dtype)
 
 
 def quantized_outside(
@@ -104,25 +113,38 @@ def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of itself besides its tensors, and what it takes over from its source."""
+
+    base: str  # the model that it was made from
+    processor: Any = None  # its tokenizer, image processor, or both in one
+    source: SourceTensors = field(default_factory=SourceTensors)
+    coverage: Coverage | None = None
+
+
 def write_checkpoint(
     folder: Path,
     model: Any,
-    tokenizer: Any,
     result: Reconstruction,
-    recipe: Recipe,
-    storage_dtype: torch.dtype,
-    base_model: str,
+    *,
     groups: Iterable[dict[str, torch.Tensor]],
+    storage_dtype: torch.dtype,
+    about: About,
     sizes_of: Callable[[int], Sizes],
 ) -> Sizes:
     """Fill `folder` with a checkpoint in compressed-tensors' format. `groups` yields its tensors a few at a time.
 
     `sizes_of` is told how many bytes the tensors took.
     """
+    recipe = result.recipe
     config = quantization_config(model, result, recipe.stored_scheme)
+    config["ignore"] = [*config["ignore"], *dict.fromkeys(name.rpartition(".")[0] for name in about.source.carried)]
     shards = ShardWriter(folder)
     for tensors in groups:
-        shards.add(_as_stored_before(model, tensors))
+        shards.add(as_stored_before(model, tensors))
+    for tensors in about.source.read_carried():
+        shards.add(tensors)
     sizes = sizes_of(shards.finish())
     write_sums(folder)
     model.config.architectures = [type(model).__name__]
@@ -130,15 +152,17 @@ def write_checkpoint(
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     _finish_config(folder / "config.json", config, storage_dtype)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if about.processor is not None:
+        about.processor.save_pretrained(folder)
+    recipe = recipe.changed(calibration=public_name(recipe.calibration))
     recipe.to_yaml(folder / RECIPE_FILE)
-    card = model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+    auto = auto_model(model.config).__name__
+    card = model_card(about.base, recipe, sizes, config, result, auto, coverage=about.coverage)
     (folder / "README.md").write_text(card)
     return sizes
 
 
-def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
     from transformers.core_model_loading import revert_weight_conversion
 
