@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lrquant.architectures import experts
+from lrquant.runtime import compat
 
 
 def expose_linears(model: Any) -> None:
@@ -29,6 +30,9 @@ def expose_linears(model: Any) -> None:
             model.set_submodule(name, sorted_experts)
         elif isinstance(module, Conv1D):
             model.set_submodule(name, experts.view_of(module.weight.T, module.bias))
+    for module in model.modules():  # a family's code for new models would look for what is gone
+        if experts.are_linears(module) or any(isinstance(child, experts.LinearView) for child in module.children()):
+            compat.leave_uninitialized(module)
     if found:
         model.set_experts_implementation(experts.IMPLEMENTATION)
 
