@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lrquant.architectures import Family
+from lrquant.architectures.targets import linears_of
 from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.calibration.samples import TokenIds, samples_of, text_samples
 from lrquant.calibration.text import check_vocabulary
@@ -30,7 +31,6 @@ from lrquant.passes.pipeline import check_passes, needs_blocks, needs_model
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_preparation import check_group_size
 from lrquant.reconstruction.coverage import Coverage, coverage_of
-from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.run import Run
 from lrquant.runtime.distributed import ALONE, Ranks, check_batch, join, local_world
 from lrquant.runtime.execution import Machine
@@ -213,7 +213,7 @@ def linears_by_path(original: Original) -> dict[str, nn.Linear]:
     found: dict[str, Any] = {}
     for place in original.places:
         block = original.model.get_submodule(place.path)
-        found |= {f"{place.path}.{name}": block.get_submodule(name) for name in linear_names(block)}
+        found |= {f"{place.path}.{name}": linear for name, linear in linears_of(block).items()}
     return found
 
 
@@ -221,6 +221,6 @@ def covered(original: Original, recipe: Recipe) -> Coverage | None:
     """Which share of the model `recipe` quantizes; None: it leaves weights alone."""
     if recipe.scheme.weights is None:
         return None
-    names = [*linears_by_path(original), *chosen_modules(original.model, recipe.also)]
+    names = [*linears_by_path(original), *chosen_modules(original.model, recipe.extra)]
     quantized = {f"{name}.weight" for name in names}
     return coverage_of(original.model, [place.path for place in original.places], quantized)

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lrquant.entrypoints.expert_notes import expert_notes
 from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
 from lrquant.recipe import Recipe
@@ -81,6 +82,7 @@ def notes_of(recipe: Recipe, result: Reconstruction) -> list[str]:
         notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
     if result.rotated.online:
         notes.append("Inputs are transformed at run time: the checkpoint loads only after `import lrquant`.")
+    notes += expert_notes(result)
     notes += result.rotated.notes
     if recipe.dense:
         notes.append(

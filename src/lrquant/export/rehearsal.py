@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export.compressed_tensors import block_tensors, outside_tensors, quantization_config
+from lrquant.export.expert_layout import in_own_layout, stored_names
 from lrquant.export.saving import as_stored_before
 from lrquant.export.skeleton import skeleton_of
 from lrquant.loading.pretrained import first_line
@@ -46,10 +47,13 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
                 scale = torch.empty(1, device="meta")
                 frozen = replace(frozen, input_scales=dict.fromkeys(frozen.weights, scale))
             result.frozen.append(frozen)
-        tensors: dict[str, Tensor] = {}
+        result.own_layout = in_own_layout(skeleton, result)
+        names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
                       *block_tensors(skeleton, result, scheme, storage_dtype)):  # fmt: skip
-            tensors |= as_stored_before(model, group)
+            tensors |= as_stored_before(model, group, names)
+        if result.own_layout:  # plain transformers refuses it, and says what it needs
+            return sum(tensor.nbytes for tensor in tensors.values())
         config = deepcopy(model.config)
         config.quantization_config = quantization_config(skeleton, result, scheme)
         found = _loaded(type(model), None, config=config, state_dict=tensors)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lrquant.architectures import Family, MultimodalFamily, Stage, family_of
+from lrquant.architectures.targets import expose_linears
 from lrquant.errors import UsageError
 from lrquant.formats.layout import checkpoint_dtype
 from lrquant.loading.auto_class import Modality, modality_of
@@ -73,6 +74,7 @@ class Original:
         """
         name = getattr(model, "name_or_path", "") or "a model in memory"
         _refuse_quantized(model, name)
+        expose_linears(model)
         family = family_of(model)
         stages = family.stages(model, recipe.towers)
         dtype = checkpoint_dtype(recipe.scheme, model.dtype)
@@ -101,9 +103,13 @@ def open_original(
     config = load_config(name, trust_remote_code)
     dequantizing(config, name)  # refuses what cannot be, before anything is read
     offloaded = open_offloaded(name, dtype, recipe.towers, trust_remote_code) if offload else None
-    model = offloaded[0] if offloaded is not None else load_model(name, dtype, trust_remote_code, original=True)
-    folder = fetched_folder(name) if quantization_of(config) is None else None
-    tensors = source_tensors(model, weight_files(folder), name) if folder is not None else SourceTensors()
+    if offloaded is not None:
+        model, tensors = offloaded[0], offloaded[1].files
+    else:
+        model = load_model(name, dtype, trust_remote_code, original=True)
+        folder = fetched_folder(name) if quantization_of(config) is None else None
+        tensors = source_tensors(model, weight_files(folder), name) if folder is not None else SourceTensors()
+        expose_linears(model)
     said = source_note(config)
     notes = (*([said] if said else []), *tensors.notes())
     family = family_of(model)

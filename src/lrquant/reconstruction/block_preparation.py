@@ -6,6 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
+from lrquant.architectures.targets import linears_of
 from lrquant.errors import LrquantError, UsageError
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import FrozenBlock
@@ -102,6 +103,6 @@ def linear_input_args(block: nn.Module, recipe: Recipe, flat: set[str]) -> dict[
     """Activation format of every linear's input; none where activations are left alone."""
     return {
         module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and recipe.scheme.inputs is not None
+        for name, module in linears_of(block).items()
+        if recipe.scheme.inputs is not None
     }
