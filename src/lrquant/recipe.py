@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lrquant.errors import UsageError
 from lrquant.formats import NamedFormat, Scheme
 from lrquant.formats.integers import BITS
-from lrquant.formats.presets import FORMATS, HIGH_PRECISION_BITS, TABLE, row_of
+from lrquant.formats.presets import CACHES, FORMATS, HIGH_PRECISION_BITS, TABLE, row_of
 
 RECIPE_FILE = "recipe.yaml"  # beside every result
 _MAX_YAML_BYTES = 1 << 20
@@ -55,6 +55,11 @@ class Recipe(BaseModel):
     symmetric: bool = Field(False, description="Symmetric weight grids (no zero point)")
     activations_symmetric: bool = Field(False, description="Symmetric activation grids")
     quantize_attention: bool = Field(True, description="Quantize queries, keys and values at the activations' bits")
+
+    kv_cache: str | None = Field(
+        None,
+        description="Numbers of keys and values as the cache keeps them, by one calibrated scale each; none: 16 bits",
+    )
 
     # The transformations.
     let: bool = Field(True, description="Smooth activations by learnable equivalent transformations")
@@ -128,6 +133,13 @@ class Recipe(BaseModel):
             raise ValueError(f"there are {', '.join(TABLE)}")
         return name
 
+    @field_validator("kv_cache")
+    @classmethod
+    def _known_cache(cls, name: str | None) -> str | None:
+        if name is not None and name not in CACHES:
+            raise ValueError(f"there are {', '.join(CACHES)}")
+        return name
+
     @field_validator("wbits", "abits")
     @classmethod
     def _known_bits(cls, bits: int) -> int:
@@ -137,9 +149,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Recipe":
-        if self.wbits == self.abits == HIGH_PRECISION_BITS:
+        if self.wbits == self.abits == HIGH_PRECISION_BITS and self.kv_cache is None:
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
         self._check_numbers()
+        if self.kv_cache is not None and self.quantize_attention and self.abits != HIGH_PRECISION_BITS:
+            raise ValueError("attention's inputs are quantized already: leave kv_cache out, or quantize_attention")
         if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
             raise ValueError("target_bits spreads bits over integers: not with floats, nor with 16-bit weights")
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
@@ -185,6 +199,8 @@ class Recipe(BaseModel):
         if self.abits != HIGH_PRECISION_BITS:
             inputs = self._inputs.for_inputs(self.abits, self.activations_symmetric)
         scheme = Scheme.of_formats(weights, inputs, self.quantize_attention)
+        if self.kv_cache is not None:
+            scheme = replace(scheme, kv_cache=CACHES[self.kv_cache].input_args())
         return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property
@@ -200,11 +216,12 @@ class Recipe(BaseModel):
     @property
     def format_name(self) -> str:
         """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`, `W3.5A16` on average."""
+        cache = "" if self.kv_cache is None else f" KV{self.kv_cache.upper()}"
         if not self._weights.chooses:
-            return self._weights.title + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
+            return self._weights.title + ("A16" if self.abits == HIGH_PRECISION_BITS else "") + cache
         wbits = self.wbits if self.target_bits is None else f"{self.target_bits:g}"
         inputs = "" if self._inputs.chooses else f"-{self._inputs.title}"
-        return f"W{wbits}A{self.abits}{inputs}" + (f" g{self.group_size}" if self.group_size else "")
+        return f"W{wbits}A{self.abits}{inputs}" + (f" g{self.group_size}" if self.group_size else "") + cache
 
     @property
     def learns(self) -> bool:

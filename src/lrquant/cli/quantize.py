@@ -121,6 +121,14 @@ def quantize(
             show_default="by the bits",
         ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Quantize the key-value cache with calibrated scales: fp8 or int8.",
+            show_default="16 bits",
+        ),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -268,6 +276,7 @@ def quantize(
         "target_bits": target_bits,
         "group_size": group_size,
         "symmetric": symmetric,
+        "kv_cache": kv_cache,
         "calibration": calib,
         "towers": towers and tuple(towers.split(",")),
         "also": also and tuple(also.split(",")),

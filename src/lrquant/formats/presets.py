@@ -32,6 +32,7 @@ HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-po
 
 TABLE: dict[str, "NamedFormat"] = {}  # by what `numbers` says
 FORMATS: dict[str, dict[str, Any]] = {}  # by what `--format` says: fields of a recipe
+CACHES: dict[str, NumberFormat] = {}  # by what `kv_cache` says: of keys and values
 _ELEMENTS: dict[tuple[str, int], Elements] = {}  # by kind and bits
 _SCALES: list[Scales] = []
 

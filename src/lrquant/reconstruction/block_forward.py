@@ -12,7 +12,8 @@ from torch.func import functional_call
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
-from lrquant.formats import NumberFormat, kernels
+from lrquant.formats import NumberFormat, Scheme, format_of, kernels
+from lrquant.formats.activation_quant import watched_attention
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import Forward
@@ -138,31 +139,47 @@ class BlockForward:
 
     @timed("input statistics")
     @torch.no_grad()
-    def input_scales(
-        self, stream: Stream, frozen: FrozenBlock, format: NumberFormat, storage_dtype: torch.dtype
+    def static_scales(
+        self, stream: Stream, frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The global scale of every linear's input, (1,) each, after the largest that `stream` causes in `frozen`."""
+        """Calibrated scales, (1,) each, by the names of their tensors: after the largest that `stream` causes.
+
+        They are of linears' inputs, and of keys and values, in the block `frozen`.
+        """
+        inputs = format_of(scheme.inputs) if scheme.inputs is not None and scheme.has_static_inputs else None
+        cache = None if scheme.kv_cache is None else format_of(scheme.kv_cache)
+        if inputs is None and cache is None:
+            return {}
+        formats: dict[str, NumberFormat] = {}
         most: dict[str, Tensor] = {}
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                found = inputs[0].abs().amax()
-                most[name] = found if name not in most else torch.maximum(most[name], found)
+        def see(name: str, format: NumberFormat, values: Tensor) -> None:
+            found = values.abs().amax()
+            formats[name], most[name] = format, torch.maximum(most.get(name, found), found)
 
-            return hook
+        def watch(name: str, format: NumberFormat) -> Any:
+            scale = f"{name}.input{format.scales.global_name}"
+            return lambda _, given: see(scale, format, given[0])
+
+        def watch_cache(name: str, key: Tensor, value: Tensor) -> None:
+            assert cache is not None
+            see(f"{name}.k_scale", cache, key)
+            see(f"{name}.v_scale", cache, value)
 
         handles = [  # first of all hooks: what comes before any rounding
-            self.block.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
+            self.block.get_submodule(name).register_forward_pre_hook(watch(name, inputs), prepend=True)
             for name in linear_names(self.block)
+            if inputs is not None
         ]
         parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
         try:
-            for chosen in self._batches():
-                self._call(stream, chosen, parameters)
+            with nullcontext() if cache is None else watched_attention(self.block, watch_cache):
+                for chosen in self._batches():
+                    self._call(stream, chosen, parameters)
         finally:
             for handle in handles:
                 handle.remove()
-        scales = {name: format.global_scale(self.ranks.most(found), storage_dtype) for name, found in most.items()}
+        scales = {name: formats[name].global_scale(self.ranks.most(most[name]), storage_dtype) for name in most}
         return {name: scale.cpu() for name, scale in scales.items() if scale is not None}
 
     @timed("advance")
