@@ -199,7 +199,7 @@ def main(
         optimizer = torch.optim.AdamW(learnables.values(), lr=1e-4, fused=name != "plain")
 
         with (
-            quantized_activations(block, linear_input_args(block, recipe, flat), recipe.scheme.attention),
+            quantized_activations(block, linear_input_args(block, recipe, flat), recipe.scheme.attention_inputs),
             kernels.using(kernel),
             plain() if name == "plain" else kernels.using(kernel),
         ):

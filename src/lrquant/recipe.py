@@ -83,6 +83,13 @@ class Recipe(BaseModel):
     quantize_attention: bool = setting(
         True, Panel.FORMAT, "Quantize queries, keys and values too, at the bits of activations"
     )
+    kv_cache: str | None = setting(
+        None,
+        Panel.FORMAT,
+        "Key-value cache with calibrated scales: fp8 or int8",
+        metavar="NAME",
+        unset="16 bits",
+    )
     target_bits: float | None = setting(
         None,
         Panel.FORMAT,
@@ -240,6 +247,15 @@ class Recipe(BaseModel):
             raise ValueError(f"there are {', '.join(_formats())}")
         return name
 
+    @field_validator("kv_cache")
+    @classmethod
+    def _known_cache(cls, name: str | None) -> str | None:
+        from lrquant.formats.presets import CACHES
+
+        if name is not None and name not in CACHES:
+            raise ValueError(f"there are {', '.join(CACHES)}")
+        return name
+
     @field_validator("wbits", "abits")
     @classmethod
     def _known_bits(cls, bits: int) -> int:
@@ -251,9 +267,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Recipe":
-        if self.wbits == self.abits == HIGH_PRECISION_BITS:
+        if self.wbits == self.abits == HIGH_PRECISION_BITS and self.kv_cache is None:
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
         self._check_numbers()
+        if self.kv_cache is not None and self.quantize_attention and self.abits != HIGH_PRECISION_BITS:
+            raise ValueError("attention's inputs are quantized already: leave kv_cache out, or quantize_attention")
         if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
             raise ValueError("target_bits spreads bits over integers: not with floats, nor with 16-bit weights")
         from lrquant.formats.integers import BITS
@@ -304,6 +322,10 @@ class Recipe(BaseModel):
         if self.abits != HIGH_PRECISION_BITS:
             inputs = self._inputs.for_inputs(self.abits, self.activations_symmetric)
         scheme = Scheme.of_formats(weights, inputs, self.quantize_attention)
+        if self.kv_cache is not None:
+            from lrquant.formats.presets import CACHES
+
+            scheme = replace(scheme, kv_cache=CACHES[self.kv_cache].input_args())
         return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property
@@ -319,11 +341,12 @@ class Recipe(BaseModel):
     @property
     def format_name(self) -> str:
         """The field's short name of the format: `W4A4`, `W2A16 g64`, `NVFP4A16`, `W3.5A16` on average."""
+        cache = "" if self.kv_cache is None else f" KV{self.kv_cache.upper()}"
         if not self._weights.chooses:
-            return self._weights.title + ("A16" if self.abits == HIGH_PRECISION_BITS else "")
+            return self._weights.title + ("A16" if self.abits == HIGH_PRECISION_BITS else "") + cache
         wbits = self.wbits if self.target_bits is None else f"{self.target_bits:g}"
         inputs = "" if self._inputs.chooses else f"-{self._inputs.title}"
-        return f"W{wbits}A{self.abits}{inputs}" + (f" g{self.group_size}" if self.group_size else "")
+        return f"W{wbits}A{self.abits}{inputs}" + (f" g{self.group_size}" if self.group_size else "") + cache
 
     @property
     def learns(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrquant.formats import activation_quant as activations
 from lrquant.formats import fake_quantize, format_of
 from lrquant.formats.activation_quant import quantized_activations, route_attention
-from lrquant.formats.schemes import activation_args
+from lrquant.formats.schemes import AttentionScheme, activation_args
 from tests.models import MODELS, build, token_ids
 
 ARGS = activation_args(4)
@@ -59,7 +59,7 @@ def test_queries_keys_and_values_are_rounded_per_token_and_head(name: str, monke
     monkeypatch.setattr(activations, "_quantized", recorded)
     block: Any = model.model.layers[0]
     ids = token_ids(1)
-    with torch.no_grad(), quantized_activations(block, {}, ARGS):
+    with torch.no_grad(), quantized_activations(block, {}, AttentionScheme(ARGS, ARGS)):
         model(ids)
     inside, outside = seen
     for raw, rounded in zip(inside[:3], inside[3:], strict=True):

@@ -133,7 +133,7 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     fixed = BlockParameters.of(blocks[0], (), recipe.scheme, torch.bfloat16)
     targets = [[torch.zeros_like(hidden) for hidden in inputs.hidden]]
     inputs_args = linear_input_args(blocks[0], recipe, set())
-    with quantized_activations(blocks[0], inputs_args, recipe.scheme.attention), kernels.using("eager"):
+    with quantized_activations(blocks[0], inputs_args, recipe.scheme.attention_inputs), kernels.using("eager"):
         found = []
         for graph in (None, CompiledBlocks(recipe, CPU).of(blocks[0], fixed)):
             learnables = {name: tensor.requires_grad_() for name, tensor in random_learnables(fixed).items()}

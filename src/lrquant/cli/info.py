@@ -124,7 +124,12 @@ def describe(directory: Path) -> Facts:
     widths = sorted({group["weights"]["num_bits"] for group in groups if group.get("weights")})
     if recipe.get("target_bits"):
         short = f"W{recipe['target_bits']:g}A{abits}{groups_of}"
-    attention = bool(recipe.get("quantize_attention")) and abits != 16
+    attention = "floating point"
+    if quantization.get("kv_cache_scheme"):
+        attention = f"keys and values in the cache: {_described(quantization['kv_cache_scheme'])}"
+        short += f" KV{str(recipe.get('kv_cache', '')).upper()}"
+    elif recipe.get("quantize_attention") and abits != 16:
+        attention = f"{abits} bits per token and head, in lrquant.load"
     return Facts(
         path=str(directory),
         model_type=str(config.get("lrquant_base_model_type", config.get("model_type", "unknown"))),
@@ -135,7 +140,7 @@ def describe(directory: Path) -> Facts:
         container=f"{quantization['quant_method']} {quantization.get('format', '')}".strip(),
         weights=_described(weights) + (f"; linears of {', '.join(map(str, widths))} bits" if widths[1:] else ""),
         activations=_described(inputs),
-        attention=f"{abits} bits per token and head, in lrquant.load" if attention else "floating point",
+        attention=attention,
         calibration=_calibration(recipe),
         bytes=size,
         parameters=parameters,

@@ -31,9 +31,10 @@ from lrquant.entrypoints.preparation import pick_machine, prepare
 from lrquant.entrypoints.results import Adapted
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export import check_save_dir
-from lrquant.export.compressed_tensors import INPUT_SCALES, needs_whole_weights, pack_block
+from lrquant.export.compressed_tensors import STATIC_SCALES, needs_whole_weights, pack_block
 from lrquant.export.expert_layout import in_own_layout, stored_names
 from lrquant.export.saving import as_stored_before, whole_directory
+from lrquant.formats.activation_quant import cache_scales_of
 from lrquant.loading.checkpoint import load, saved_recipe
 from lrquant.loading.original import Original
 from lrquant.loading.pretrained import load_config, load_tokenizer, stored_dtype, window
@@ -177,8 +178,8 @@ def _present(loaded: Any, original: Original, blocks: str) -> Present:
     paths = [f"{stage.path}.{index}" for stage in original.stages for index in range(len(stage.blocks(original.model)))]
     expose_linears(loaded)
     present = block_parameters(loaded, original.model, paths)
-    input_scales = [input_scales_of(loaded.get_submodule(path)) for path in paths]
-    return Present(present, frozenset(parse_blocks(blocks, len(present))), input_scales)
+    static_scales = [static_scales_of(loaded.get_submodule(path)) for path in paths]
+    return Present(present, frozenset(parse_blocks(blocks, len(present))), static_scales)
 
 
 def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: Original) -> None:
@@ -255,9 +256,10 @@ def block_parameters(model: nn.Module, original: nn.Module, paths: Sequence[str]
     return result
 
 
-def input_scales_of(block: nn.Module) -> dict[str, Tensor]:
-    """The calibrated scale of the input of every linear of a loaded block that has one."""
-    return {name.rpartition(".")[0]: value for name, value in block.state_dict().items() if name.endswith(INPUT_SCALES)}
+def static_scales_of(block: nn.Module) -> dict[str, Tensor]:
+    """The calibrated scales of a loaded block, by name."""
+    inputs = {name: value for name, value in block.state_dict().items() if name.endswith(STATIC_SCALES)}
+    return inputs | cache_scales_of(block)
 
 
 def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:

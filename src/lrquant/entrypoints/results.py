@@ -59,7 +59,7 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
     for path in result.block_paths:
         block = model.get_submodule(path)
         inputs = linear_input_args(block, recipe, result.flat_inputs_within(path))
-        install(inputs, block.modules(), recipe.scheme.attention if result.attention_quantized else None)
+        install(inputs, block.modules(), recipe.scheme.attention_inputs if result.attention_quantized else None)
     if recipe.scheme.inputs is not None:
         linears = {name: model.get_submodule(name) for name in result.outside.weights}
         schemes = {
@@ -74,7 +74,11 @@ def notes_of(recipe: Recipe, result: Reconstruction) -> list[str]:
     notes = []
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
-    if result.attention_quantized:
+    if recipe.scheme.kv_cache:
+        notes.append(
+            "The key-value cache is quantized by vLLM and lrquant.load; plain transformers may leave it alone."
+        )
+    if recipe.scheme.attention and result.attention_quantized:
         notes.append(
             "Queries, keys and values are quantized by lrquant.load; plain transformers leaves them in floating point."
         )

@@ -17,14 +17,15 @@ from lrquant.architectures.targets import has_exposed, is_linear, linears_of, mi
 from lrquant.errors import UsageError
 from lrquant.export.skeleton import fills_weights
 from lrquant.formats import Scheme, format_of
+from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.transforms.online import transform_config
 
-INPUT_SCALES = (".input_global_scale", ".input_scale")  # of a linear whose input has a calibrated scale
 _NEEDS_WHOLE: dict[type[nn.Module], bool] = {}  # by class, tried once (skeleton.fills_weights)
+STATIC_SCALES = (".input_global_scale", ".input_scale", *CACHE_SCALES)  # found in calibration
 
 
 def needs_whole_weights(model: nn.Module, path: str) -> bool:
@@ -57,7 +58,7 @@ def pack_block(
     frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype, whole: bool = False
 ) -> dict[str, Tensor]:
     """A block's checkpoint tensors by name within the block, which is how `scheme` calls its linears."""
-    tensors = dict(frozen.dense)
+    tensors = dict(frozen.dense) | dict(frozen.static_scales)
     if scheme.weights is None:
         return tensors
     for linear, weight in frozen.weights.items():
@@ -83,10 +84,7 @@ def pack_block(
             # Of few rows; compressed-tensors 0.18 to 0.20 cannot unpack zero points that lie in a single one.
             packed["weight_zero_point"] = nn.functional.pad(packed["weight_zero_point"], (0, 0, 0, 1))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
-    if scheme.inputs is None:
-        return tensors
-    name = f"input{format_of(scheme.inputs).scales.global_name}"
-    return tensors | {f"{linear}.{name}": scale for linear, scale in frozen.input_scales.items()}
+    return tensors
 
 
 def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, Any]:
@@ -107,6 +105,7 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         format=CompressionFormat.mixed_precision.value if len(formats) > 1 else CompressionFormat(stored).value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
         ignore=[name for name in linears if name not in quantized and name not in result.outside.weights],
+        kv_cache_scheme=scheme.kv_cache,
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
     data["version"] = compressed_tensors.__version__
@@ -207,7 +206,7 @@ def unpack_block(
     tensors: Mapping[str, Tensor], scheme: Scheme, storage_dtype: torch.dtype, dtype: torch.dtype, whole: bool = False
 ) -> dict[str, Tensor]:
     """The dequantized parameters of a packed block in `dtype`: `FrozenBlock.parameters` of what was packed."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(INPUT_SCALES)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(STATIC_SCALES)}
     if scheme.weights is None:
         return {name: tensor.to(dtype) for name, tensor in tensors.items()}
     products = product_dtype(scheme, storage_dtype)

@@ -80,7 +80,7 @@ def model_card(
     if auto == "AutoModelForImageTextToText" and "vision" in (recipe.towers or ()) and not config.get("dequantize"):
         loading += "\nmodel(**inputs)  # once, before model.generate(**inputs): the first call unpacks the vision tower"
     attention = ""
-    if result.attention_quantized:
+    if result.attention_quantized and recipe.scheme.attention:
         attention = (
             f"Queries, keys and values were quantized to {recipe.abits} bits per token and head while this model was "
             "calibrated. The checkpoint format has no such scheme, so plain transformers leaves them in floating "

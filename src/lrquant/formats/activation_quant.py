@@ -8,7 +8,7 @@ these functions for good.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -23,18 +23,29 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from lrquant.formats.fake_quant import fake_quantize
 from lrquant.formats.number_format import NumberFormat
 from lrquant.formats.presets import format_of
+from lrquant.formats.schemes import AttentionScheme
 from lrquant.runtime import compat
 
 _SCHEME = "_lrquant_attention"  # the attribute of an attention module that says how its inputs are rounded
 _GLOBAL_SCALE = "_lrquant_global_scale"  # a linear's: its input's global scale, once it is calibrated
+_CACHE_SCALES = "_lrquant_cache_scales"  # an attention module's: of its keys and values, once they are calibrated
+_SEEN = "_lrquant_seen"  # an attention module's: who is told of queries, keys and values before they are rounded
+CACHE_SCALES = (".k_scale", ".v_scale")  # what checkpoints call them, behind an attention module's name
 PREFIX = "lrquant_"
 
 
 def _quantized(module: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
-    format = getattr(module, _SCHEME, None)
-    if format is None:
+    formats = getattr(module, _SCHEME, None)
+    if formats is None:
         return tensors
-    return tuple(_rounded(tensor, format, _product_dtype(tensor)) for tensor in tensors)
+    seen = getattr(module, _SEEN, None)
+    if seen is not None:
+        seen(*tensors)
+    scales = (None, *getattr(module, _CACHE_SCALES, (None, None)))
+    return tuple(
+        tensor if format is None else _rounded(tensor, format, _product_dtype(tensor), scale)
+        for tensor, format, scale in zip(tensors, formats, scales, strict=True)
+    )
 
 
 def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -68,15 +79,47 @@ def route_attention(model: Any) -> bool:
     return True
 
 
-def set_global_scale(linear: nn.Module, scale: Tensor | None) -> None:
-    """From now on `linear`'s input has the global scale `scale`, (1,); None: each input its own."""
-    vars(linear)[_GLOBAL_SCALE] = None if scale is None else scale.cpu()
+def set_static_scale(block: nn.Module, name: str, scale: Tensor) -> None:
+    """From now on what checkpoints call `name` within `block` has the calibrated scale `scale`, (1,).
+
+    That is the input of a linear, `linear.input_scale`, or keys and values, `attention.k_scale` and `.v_scale`.
+    """
+    owner, _, kind = name.rpartition(".")
+    module = vars(block.get_submodule(owner))
+    if f".{kind}" in CACHE_SCALES:
+        scales = list(module.get(_CACHE_SCALES, (None, None)))
+        scales[CACHE_SCALES.index(f".{kind}")] = scale.cpu()
+        module[_CACHE_SCALES] = tuple(scales)
+    else:
+        module[_GLOBAL_SCALE] = scale.cpu()
+
+
+def cache_scales_of(block: nn.Module) -> dict[str, Tensor]:
+    """The calibrated scales of keys and values within `block`, by name."""
+    return {
+        f"{name}{part}": scale
+        for name, module in block.named_modules()
+        for part, scale in zip(CACHE_SCALES, getattr(module, _CACHE_SCALES, ()), strict=False)
+    }
+
+
+@contextmanager
+def watched_attention(block: nn.Module, told: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Within, `told(name, keys, values)` hears what quantized attention modules of `block` are given."""
+    modules = {name: module for name, module in block.named_modules() if hasattr(module, _SCHEME)}
+    for name, module in modules.items():
+        vars(module)[_SEEN] = lambda _, key, value, name=name: told(name, key, value)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del vars(module)[_SEEN]
 
 
 def install(
     linears: Mapping[nn.Linear, QuantizationArgs | None],
     attention: Iterable[nn.Module],
-    attention_args: QuantizationArgs | None,
+    attention_scheme: AttentionScheme | None,
 ) -> list[Any]:
     """Quantize the inputs of `linears`, and attention inputs in the modules of `attention`; returns hook handles."""
     handles = []
@@ -84,9 +127,12 @@ def install(
     for linear, args in linears.items():
         if args is not None:
             handles.append(linear.register_forward_pre_hook(_input_hook(format_of(args), latest)))
-    if attention_args is not None:
+    if attention_scheme is not None:
+        queries, cache = (
+            None if args is None else format_of(args) for args in (attention_scheme.queries, attention_scheme.cache)
+        )
         for module in attention:
-            setattr(module, _SCHEME, format_of(attention_args))
+            setattr(module, _SCHEME, (queries, cache, cache))
     return handles
 
 
@@ -136,11 +182,11 @@ def _input_hook(format: NumberFormat, latest: _Latest) -> Any:
 
 @contextmanager
 def quantized_activations(
-    block: nn.Module, linears: Mapping[nn.Linear, QuantizationArgs | None], attention_args: QuantizationArgs | None
+    block: nn.Module, linears: Mapping[nn.Linear, QuantizationArgs | None], attention_scheme: AttentionScheme | None
 ) -> Iterator[None]:
     """Within, `block` runs with quantized activations; afterwards it is as it was."""
     modules = list(block.modules())
-    handles = install(linears, modules, attention_args)
+    handles = install(linears, modules, attention_scheme)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lrquant.formats.mx import GROUP_SIZE, PowersOfTwo
 from lrquant.formats.number_format import NumberFormat
-from lrquant.formats.presets import NamedFormat, register
+from lrquant.formats.presets import CACHES, NamedFormat, register
 from lrquant.formats.qparams import Static, Symmetric
 
 BLOCK = 128
@@ -55,6 +55,7 @@ FP8_BLOCK = NumberFormat(E4M3(), Symmetric(), BLOCK, BLOCK)
 FP8_BLOCK_INPUTS = NumberFormat(E4M3(), Symmetric(), BLOCK)
 MXFP8 = NumberFormat(E4M3(), PowersOfTwo(), GROUP_SIZE)
 
+CACHES["fp8"] = FP8_STATIC
 register(
     NamedFormat("fp8", FP8, FP8, beside_integers=True),
     {

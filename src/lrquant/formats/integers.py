@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lrquant.formats.number_format import NumberFormat
-from lrquant.formats.presets import HIGH_PRECISION_BITS, NamedFormat, know, register
-from lrquant.formats.qparams import Affine, Symmetric
+from lrquant.formats.presets import CACHES, HIGH_PRECISION_BITS, NamedFormat, know, register
+from lrquant.formats.qparams import Affine, Static, Symmetric
 
 BITS = range(2, 9)
 
@@ -70,4 +70,6 @@ class _AnyIntegers(NamedFormat):
 
 for _bits in BITS:
     know(integers(_bits), integers(_bits, symmetric=True))
+CACHES["int8"] = NumberFormat(Integers(8), Static())
+know(CACHES["int8"])
 register(_AnyIntegers("int", integers(4), integers(8)))

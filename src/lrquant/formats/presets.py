@@ -31,6 +31,7 @@ from lrquant.settings import HIGH_PRECISION_BITS
 
 TABLE: dict[str, "NamedFormat"] = {}  # by what `numbers` says
 FORMATS: dict[str, dict[str, Any]] = {}  # by what `--format` says: fields of a recipe
+CACHES: dict[str, NumberFormat] = {}  # by what `kv_cache` says: of keys and values
 _ELEMENTS: dict[tuple[str, int], Elements] = {}  # by kind and bits
 _SCALES: list[Scales] = []
 

@@ -45,10 +45,19 @@ def per_token_for_flat_inputs(args: QuantizationArgs, width: int) -> Quantizatio
 
 
 @dataclass(frozen=True)
+class AttentionScheme:
+    """Formats of what attention is given: queries, and keys and values, which runtimes keep in a cache."""
+
+    queries: QuantizationArgs | None
+    cache: QuantizationArgs | None
+
+
+@dataclass(frozen=True)
 class Scheme:
     """Formats of one model's linears: `weights`, their inputs, and queries, keys and values in attention.
 
-    `None` means left in floating point. Attention inputs are quantized per token and head. `bits` says which linears'
+    `None` means left in floating point. Attention inputs are quantized per token and head; or keys and values alone, as
+    the cache keeps them, `kv_cache`: by one calibrated scale for each of the two. `bits` says which linears'
     weights have other bits than `weights`, by name in the model, or in the block (`within`).
     """
 
@@ -56,6 +65,7 @@ class Scheme:
     inputs: QuantizationArgs | None = None
     attention: QuantizationArgs | None = None
     bits: Mapping[str, int] = field(default_factory=dict)
+    kv_cache: QuantizationArgs | None = None
 
     @classmethod
     def integer(
@@ -97,6 +107,12 @@ class Scheme:
         """Input channels that share a scale, of weights or inputs; None: as many as there are."""
         args = self.weights or self.inputs
         return columns_and_rows(args)[0] if args is not None else None
+
+    @property
+    def attention_inputs(self) -> AttentionScheme | None:
+        """What of attention's inputs is quantized; None: nothing."""
+        cache = self.kv_cache or self.attention
+        return None if cache is None else AttentionScheme(self.attention, cache)
 
     @property
     def has_static_inputs(self) -> bool:

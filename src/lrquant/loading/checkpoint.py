@@ -1,16 +1,19 @@
 """Reading a checkpoint back with everything its recipe asks for."""
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
+from safetensors import safe_open
+from torch import Tensor
 
 from lrquant.architectures import family_of
 from lrquant.architectures.targets import is_linear
-from lrquant.formats.activation_quant import install, route_attention
+from lrquant.formats.activation_quant import CACHE_SCALES, install, route_attention, set_static_scale
 from lrquant.loading.pretrained import load_model, resolve_model
 from lrquant.recipe import RECIPE_FILE, Recipe
 from lrquant.runtime.distributed import apart
@@ -23,14 +26,25 @@ def saved_recipe(path: str) -> Recipe | None:
     return Recipe.from_yaml(file) if file.is_file() else None
 
 
-def apply_attention_quantization(model: Any, recipe: Recipe) -> bool:
-    """Quantize queries, keys and values as `recipe` says; whether anything was done."""
-    args = recipe.scheme.attention
-    if args is None or not route_attention(model):
+def apply_attention_quantization(model: Any, recipe: Recipe, scales: Mapping[str, Tensor]) -> bool:
+    """Quantize what attention is given as `recipe` says; `scales` are calibrated ones by name. Whether any was done."""
+    scheme = recipe.scheme.attention_inputs
+    if scheme is None or not route_attention(model):
         return False
     for stage in family_of(model).stages(model, recipe.towers):
-        install({}, model.get_submodule(stage.path).modules(), args)
+        install({}, model.get_submodule(stage.path).modules(), scheme)
+    for name, scale in scales.items():
+        set_static_scale(model, name, scale)
     return True
+
+
+def _cache_scales(folder: Path) -> dict[str, Tensor]:
+    """Scales of keys and values in a checkpoint's files, by name."""
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys() if name.endswith(CACHE_SCALES)}  # noqa: SIM118
+    return found
 
 
 def _in_one_dtype(model: Any) -> None:
@@ -44,8 +58,9 @@ def _in_one_dtype(model: Any) -> None:
 def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:
     """A model from disk, the zoo or the hub; a checkpoint of lrquant's comes with its attention quantized too.
 
-    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization; the
-    checkpoint format cannot describe per-token queries, keys and values, and this adds them.
+    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization. The checkpoint
+    format cannot describe per-token queries, keys and values, and this adds them; it describes a quantized key-value
+    cache, which vLLM reads, but transformers 5.24 with compressed-tensors 0.20 passes over, and this does not.
 
     Raises:
         LrquantError: a weight file is damaged; lrquant's checkpoints come with checksums.
@@ -61,5 +76,5 @@ def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code:
         _in_one_dtype(model)
     recipe = saved_recipe(path)
     if recipe is not None:
-        apply_attention_quantization(model, recipe)
+        apply_attention_quantization(model, recipe, _cache_scales(Path(resolve_model(path))))
     return model

@@ -20,11 +20,11 @@ class Present:
 
     blocks: Sequence[Mapping[str, Tensor]]  # dequantized parameters of every block, by name
     relearned: frozenset[int]
-    input_scales: Sequence[Mapping[str, Tensor]] = field(default_factory=list)  # FrozenBlock.input_scales, if any
+    static_scales: Sequence[Mapping[str, Tensor]] = field(default_factory=list)  # FrozenBlock.static_scales, if any
 
     def rival(self, index: int) -> Rival:
         """What block number `index` is at present."""
-        return Rival(self.blocks[index], self.input_scales[index] if self.input_scales else {})
+        return Rival(self.blocks[index], self.static_scales[index] if self.static_scales else {})
 
     def providers(self) -> Sequence[ParameterProvider]:
         return self.keep, self.relearn
@@ -35,7 +35,7 @@ class Present:
             return None
         _, flat = task.forward.advance_full_precision(task.full_precision)
         present = self.rival(task.place.index)
-        return BlockOutcome(present.parameters, present.input_scales, flat)
+        return BlockOutcome(present.parameters, present.static_scales, flat)
 
     def relearn(self, task: BlockTask) -> BlockOutcome:
         """The block learned again, or as it is at present where that answers better."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
+from lrquant.formats.schemes import AttentionScheme
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import Learnables
@@ -39,4 +40,4 @@ class BlockDecision:
     learned: Learnables
     frozen: FrozenBlock
     input_args: Mapping[nn.Linear, QuantizationArgs | None]
-    attention_args: QuantizationArgs | None
+    attention_scheme: AttentionScheme | None

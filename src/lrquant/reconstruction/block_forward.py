@@ -13,7 +13,8 @@ from lrquant.architectures.targets import experts_alike, linears_of, watched_inp
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
-from lrquant.formats import NumberFormat, kernels
+from lrquant.formats import NumberFormat, Scheme, format_of, kernels
+from lrquant.formats.activation_quant import watched_attention
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import Forward
@@ -113,26 +114,45 @@ class BlockForward:
 
     @timed("input statistics")
     @torch.no_grad()
-    def input_scales(
-        self, stream: Stream, frozen: FrozenBlock, format: NumberFormat, storage_dtype: torch.dtype
+    def static_scales(
+        self, stream: Stream, frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """The global scale of every linear's input, (1,) each, after the largest that `stream` causes in `frozen`."""
+        """Calibrated scales, (1,) each, by the names of their tensors: after the largest that `stream` causes.
+
+        They are of linears' inputs, and of keys and values, in the block `frozen`.
+        """
+        inputs = format_of(scheme.inputs) if scheme.inputs is not None and scheme.has_static_inputs else None
+        cache = None if scheme.kv_cache is None else format_of(scheme.kv_cache)
+        if inputs is None and cache is None:
+            return {}
+        formats: dict[str, NumberFormat] = {}
         most: dict[str, Tensor] = {}
 
-        def seen(name: str, x: Tensor) -> None:
-            most[name] = torch.maximum(most[name], x.abs().amax())
+        def see(name: str, values: Tensor) -> None:
+            most[name] = torch.maximum(most[name], values.abs().amax())
 
-        linears = linears_of(self.block)
-        most |= {name: torch.zeros((), dtype=linear.weight.dtype).to(linear.weight) for name, linear in linears.items()}
+        def see_cache(name: str, key: Tensor, value: Tensor) -> None:
+            assert cache is not None
+            for scale, values in ((f"{name}.k_scale", key), (f"{name}.v_scale", value)):
+                formats[scale] = cache
+                most.setdefault(scale, values.new_zeros(()))
+                see(scale, values)
+
+        linears = linears_of(self.block) if inputs is not None else {}
+        names = {name: f"{name}.input{inputs.scales.global_name}" for name in linears if inputs is not None}
+        for name, scale in names.items():
+            assert inputs is not None
+            formats[scale], most[scale] = inputs, linears[name].weight.new_zeros(())
         parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
-        with watched_inputs(linears, seen, first=True):  # before any rounding
+        before_rounding = watched_inputs(linears, lambda name, x: see(names[name], x), first=True)
+        with before_rounding, nullcontext() if cache is None else watched_attention(self.block, see_cache):
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)
         found = {name: self.ranks.most(largest) for name, largest in most.items()}
-        for same in experts_alike(self.block):  # one that saw no token has the others' scale
-            largest = torch.stack([found[name] for name in same]).amax()
-            found |= {name: largest for name in same if not found[name]}
-        scales = {name: format.global_scale(largest, storage_dtype) for name, largest in found.items()}
+        for same in experts_alike(self.block) if names else ():  # one that saw no token has the others' scale
+            largest = torch.stack([found[names[name]] for name in same]).amax()
+            found |= {names[name]: largest for name in same if not found[names[name]]}
+        scales = {name: formats[name].global_scale(largest, storage_dtype) for name, largest in found.items()}
         return {name: scale.cpu() for name, scale in scales.items() if scale is not None}
 
     @timed("advance")

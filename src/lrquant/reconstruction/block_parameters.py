@@ -158,7 +158,7 @@ class FrozenBlock:
     weights: Mapping[str, QuantizedWeight]  # linear → codes, scales, zero points
     dense: Mapping[str, Tensor]  # parameter name → values in the storage dtype
     product_dtype: torch.dtype = torch.float32
-    input_scales: Mapping[str, Tensor] = field(default_factory=dict)  # linear → its input's global scale, (1,)
+    static_scales: Mapping[str, Tensor] = field(default_factory=dict)  # tensor's name → a calibrated scale, (1,)
 
     def floating_point(self) -> Iterator[tuple[str, Tensor]]:
         """Everything that is not codes or zero points, by name."""

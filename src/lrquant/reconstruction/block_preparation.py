@@ -17,8 +17,8 @@ from lrquant.transforms.bias_slots import missing_biases
 def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
     """The family's transformations that the recipe switches on.
 
-    Query–key scales only matter to rounded attention. A scale between up and down projections would stand before the
-    transform at run time, not behind it.
+    Query–key scales only matter to rounded attention and to a rounded cache. A scale between up and down
+    projections would stand before the transform at run time, not behind it.
     """
     if not recipe.let:
         return []
@@ -26,7 +26,7 @@ def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> lis
     for equivalence in declared:
         if isinstance(equivalence, ValueToOutput) and not recipe.smooth_attention:
             continue
-        if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention):
+        if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention_inputs):
             continue
         if isinstance(equivalence, UpToDown) and (not recipe.smooth_mlp or "down" in recipe.rotate):
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import UsageError
-from lrquant.formats import format_of, kernels
+from lrquant.formats import kernels
 from lrquant.formats.activation_quant import quantized_activations
 from lrquant.reconstruction.block_event import BlockDecision
 from lrquant.reconstruction.block_optimizer import Learned, or_present
@@ -39,7 +39,7 @@ def restore(task: BlockTask) -> BlockOutcome | None:
     if run.keeps_blocks:
         frozen = frozen_again(task.block, task.place.path, task.equivalences, finished, run.recipe, run.storage_dtype)
     _, flat = task.forward.advance_full_precision(task.full_precision)
-    return BlockOutcome(parameters, finished.input_scales, flat, finished, frozen)
+    return BlockOutcome(parameters, finished.static_scales, flat, finished, frozen)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rival:
     """Parameters that a block keeps unless what it learns answers better."""
 
     parameters: Mapping[str, Tensor]
-    input_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    static_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Learn:
         targets = [task.full_precision] if own_targets is None else [task.full_precision, own_targets]
         input_args = run.input_args(task.block, begun.flat_inputs)
         told = run.callback.epoch_done
-        with quantized_activations(task.block, input_args, run.attention_args), kernels.using(recipe.kernels):
+        with quantized_activations(task.block, input_args, run.attention_scheme), kernels.using(recipe.kernels):
             learned = solve(
                 forward, begun.fixed, begun.start, task.quantized, targets, recipe, compiled, task.place.index, told
             )
@@ -94,18 +94,16 @@ class Learn:
                 now = forward.fixed_function(rival.parameters, task.quantized, targets, recipe.loss)
                 learned = or_present(learned, now, len(run.samples), forward.batch, run.machine.ranks)
             frozen = freeze(begun.fixed, learned.learnables)
-            if recipe.scheme.inputs is not None and recipe.scheme.has_static_inputs:
-                format = format_of(recipe.scheme.inputs)
-                scales = forward.input_scales(task.quantized, frozen, format, run.storage_dtype)
-                frozen = replace(frozen, input_scales=scales)
+            scales = forward.static_scales(task.quantized, frozen, recipe.scheme, run.storage_dtype)
+            frozen = replace(frozen, static_scales=scales)
         finished = _finished(task.place.index, begun, learned, frozen=frozen)
         if rival is not None and learned.outcome == "kept present":
-            return BlockOutcome(rival.parameters, rival.input_scales, begun.flat_inputs, finished, fresh=True)
+            return BlockOutcome(rival.parameters, rival.static_scales, begun.flat_inputs, finished, fresh=True)
         check_fits(frozen, task.place.path, run.storage_dtype)
-        decision = BlockDecision(begun.fixed, begun.start, learned.learnables, frozen, input_args, run.attention_args)
+        decision = BlockDecision(begun.fixed, begun.start, learned.learnables, frozen, input_args, run.attention_scheme)
         run.callback.block_decided(task.event, decision)
         parameters = frozen.parameters(next(task.block.parameters()).dtype)
-        return BlockOutcome(parameters, frozen.input_scales, begun.flat_inputs, finished, frozen, fresh=True)
+        return BlockOutcome(parameters, frozen.static_scales, begun.flat_inputs, finished, frozen, fresh=True)
 
     def begin(self, task: BlockTask) -> Begun:
         """Moves x on, and makes of the block what the recipe wants before anything is learned."""
@@ -140,7 +138,7 @@ def _finished(index: int, begun: Begun, learned: Learned, *, frozen: FrozenBlock
         record,
         tuple(sorted(begun.flat_inputs)),
         tuple(begun.added_biases),
-        {name: scale.clone() for name, scale in frozen.input_scales.items()},  # files hold no tensor twice
+        {name: scale.clone() for name, scale in frozen.static_scales.items()},  # files hold no tensor twice
     )
 
 

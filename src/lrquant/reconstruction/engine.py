@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lrquant.formats.activation_quant import quantized_activations, set_global_scale
+from lrquant.formats.activation_quant import quantized_activations, set_static_scale
 from lrquant.loading.block_source import held
 from lrquant.loading.original import BlockPlace
 from lrquant.reconstruction.block_preparation import check_values
@@ -83,10 +83,10 @@ def _reconstruct(task: BlockTask) -> FinishedBlock | None:
 def _advance(task: BlockTask, outcome: BlockOutcome) -> float:
     """The block takes on its parameters, and x̂ its outputs; returns the mean cosine between the streams."""
     _replace(task.block, outcome.parameters)
-    for name, scale in outcome.input_scales.items():  # from now on
-        set_global_scale(task.block.get_submodule(name), scale)
+    for name, scale in outcome.static_scales.items():  # from now on
+        set_static_scale(task.block, name, scale)
     input_args = task.run.input_args(task.block, outcome.flat_inputs)
-    with quantized_activations(task.block, input_args, task.run.attention_args):
+    with quantized_activations(task.block, input_args, task.run.attention_scheme):
         return task.forward.advance(task.quantized, task.full_precision)
 
 

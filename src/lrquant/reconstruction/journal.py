@@ -27,12 +27,12 @@ class FinishedBlock:
     record: BlockRecord
     flat_inputs: tuple[str, ...]  # linears that see (tokens, width)
     added_biases: tuple[str, ...]  # modules that got a bias for a shift
-    input_scales: dict[str, Tensor] = field(default_factory=dict)  # FrozenBlock.input_scales
+    static_scales: dict[str, Tensor] = field(default_factory=dict)  # FrozenBlock.static_scales
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, as `learned:NAME`, `scale:LINEAR`, `absmax:LINEAR` and `midpoint:LINEAR`."""
         found = {f"learned:{name}": tensor for name, tensor in self.learnables.items()}
-        found |= {f"scale:{linear}": tensor for linear, tensor in self.input_scales.items()}
+        found |= {f"scale:{name}": tensor for name, tensor in self.static_scales.items()}
         for linear, seen in self.statistics.items():
             for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint)):
                 if tensor is not None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from lrquant.architectures import Stage
 from lrquant.calibration.activation_cache import ActivationStore, Stream
+from lrquant.errors import UsageError
 from lrquant.formats.activation_quant import quantized_activations, route_attention
+from lrquant.formats.schemes import AttentionScheme
 from lrquant.loading.block_source import BlockSource
 from lrquant.loading.original import BlockPlace, Original
 from lrquant.recipe import Recipe
@@ -61,7 +63,7 @@ class Run:
 
     def __post_init__(self) -> None:
         paths = [place.path for place in self.places]
-        self.result = Reconstruction(self.recipe, paths, attention_quantized=self.attention_args is not None)
+        self.result = Reconstruction(self.recipe, paths, attention_quantized=self.attention_scheme is not None)
 
     @property
     def model(self) -> Any:
@@ -86,9 +88,18 @@ class Run:
         return self.original.places
 
     @cached_property
-    def attention_args(self) -> QuantizationArgs | None:
-        """How queries, keys and values are rounded; None: they are not, or the family's attention cannot be reached."""
-        attention = self.recipe.scheme.attention
+    def attention_scheme(self) -> AttentionScheme | None:
+        """How queries, keys and values are rounded; None: they are not, or the family's attention cannot be reached.
+
+        Raises:
+            UsageError: the cache is to be quantized, and cannot be reached.
+        """
+        attention = self.recipe.scheme.attention_inputs
+        if self.recipe.kv_cache is not None:
+            if not self.model.can_generate() or "vision" in (self.recipe.towers or ()):
+                raise UsageError(f"kv_cache = {self.recipe.kv_cache}: only language models' own blocks have a cache")
+            if not route_attention(self.model):
+                raise UsageError("this family's attention cannot be quantized: leave the key-value cache in 16 bits")
         return attention if attention is not None and route_attention(self.model) else None
 
     @cached_property
@@ -114,7 +125,7 @@ class Run:
             for path in self.result.block_paths[:blocks]:
                 block = self.model.get_submodule(path)
                 inputs = self.input_args(block, self.result.flat_inputs_within(path))
-                quantized.enter_context(quantized_activations(block, inputs, self.attention_args))
+                quantized.enter_context(quantized_activations(block, inputs, self.attention_scheme))
             yield
 
 
@@ -150,7 +161,7 @@ class BlockOutcome:
     """What a block computes with from now on, and what is to be remembered of it."""
 
     parameters: Mapping[str, Tensor]  # by name within the block
-    input_scales: Mapping[str, Tensor]  # FrozenBlock.input_scales
+    static_scales: Mapping[str, Tensor]  # FrozenBlock.static_scales
     flat_inputs: set[str]  # linears that see (tokens, width)
     finished: FinishedBlock | None = None  # None: the block was passed through, and nothing is to be told
     frozen: FrozenBlock | None = None

@@ -193,7 +193,7 @@ class _Looking:
 
     def quantized_error(self, stream: Stream, parameters: Mapping[str, Tensor]) -> Error:
         """With the activations quantized as the run does."""
-        with quantized_activations(self.view.block, self.decided.input_args, self.decided.attention_args):
+        with quantized_activations(self.view.block, self.decided.input_args, self.decided.attention_scheme):
             return self.error(stream, parameters)
 
     def sensitivities(self, transformed: bool) -> list[Sensitivity]:
