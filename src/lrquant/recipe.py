@@ -99,6 +99,8 @@ class Recipe(BaseModel):
         0.0, ge=0, lt=1, description="Leave a block when two epochs lowered its loss by less than this share; 0: never"
     )
     schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
+    window: int = Field(1, ge=1, le=16, description="Successive blocks that are learned together; 1: each by itself")
+    window_overlap: int = Field(0, ge=0, le=15, description="Blocks of a window that the next one learns again")
 
     tuning_epochs: int = Field(
         0, ge=0, le=10_000, description="Passes over the samples in which the whole model's scales are learned at last"
@@ -159,6 +161,12 @@ class Recipe(BaseModel):
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
         if odd:
             raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
+        if self.window_overlap >= self.window:
+            raise ValueError(
+                f"window_overlap {self.window_overlap} of window {self.window}: every window has to move on"
+            )
+        if self.window > 1 and self.rounding == "gptq":
+            raise ValueError(f"window {self.window}: GPTQ compensates one block at a time; take learned rounding")
         if self.method not in PRESETS:
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self

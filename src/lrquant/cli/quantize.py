@@ -173,6 +173,14 @@ def quantize(
     init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
     alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
     schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(metavar="BLOCKS", help="Successive blocks that are learned together.", show_default="1"),
+    ] = None,
+    window_overlap: Annotated[
+        int | None,
+        typer.Option(metavar="BLOCKS", help="Blocks of a window that the next one learns again.", show_default="0"),
+    ] = None,
     rounding: Annotated[
         Literal["nearest", "learned", "gptq"] | None,
         typer.Option(help="To the nearest integer, by learned offsets, or by compensation (GPTQ)."),
@@ -291,6 +299,8 @@ def quantize(
         "init": init and init.value,
         "alpha": alpha,
         "schedule": schedule and schedule.value,
+        "window": window,
+        "window_overlap": window_overlap,
         "rounding": rounding,
         "rounding_lr": rounding_lr,
         "orthogonal": orthogonal and tuple(orthogonal.split(",")),
@@ -318,7 +328,15 @@ def quantize(
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
 
     if dry_run:
-        show_estimate(model, chosen, device, activations.value, trust_remote_code, json)
+        show_estimate(
+            model,
+            chosen,
+            save_dir,
+            activations=activations.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            json=json,
+        )
         return
     if push_to_hub:
         check_can_push(push_to_hub)

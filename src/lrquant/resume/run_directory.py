@@ -112,6 +112,18 @@ def run_folder(target: Path) -> Path:
     return target.absolute().parent / f".{target.absolute().name}.lrquant"
 
 
+def check_target(target: Path) -> None:
+    """Raise where no run can leave its result.
+
+    Raises:
+        UsageError: `target` is a file, or holds something else than the result of a run that is being tidied up.
+    """
+    if target.is_file():
+        raise UsageError(f"{target}: the save directory is a file; name another")
+    if _occupied(target) and not run_folder(target).is_dir():
+        raise _not_empty(target)
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): checksum(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -126,10 +138,7 @@ def run_directory(save_dir: str | Path, restart: bool = False) -> Iterator[RunDi
     """
     target = Path(save_dir)
     run = RunDirectory(target)
-    if target.is_file():
-        raise UsageError(f"{target}: the save directory is a file; name another")
-    if _occupied(target) and not run.folder.is_dir():
-        raise _not_empty(target)
+    check_target(target)
     made = [parent for parent in (run.folder, *run.folder.parents) if not parent.exists()]
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
