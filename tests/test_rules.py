@@ -168,7 +168,7 @@ BY_PLACE = {
     "architectures.gated_decoder": 1,
     "architectures.vision_encoder": 1,
     "calibration.activation_cache": 1,
-    "calibration.capture": 2,
+    "calibration.capture": 1,
     "calibration.dialogues": 2,
     "calibration.images": 3,
     "calibration.text": 1,

@@ -196,6 +196,18 @@ class Recipe(BaseModel):
     schedule: Literal["constant", "cosine"] = setting(
         "cosine", Panel.LEARNING, "How rates change over a block's steps", rare=True
     )
+    window: int = setting(
+        1, Panel.LEARNING, "Successive blocks that are learned together; 1: each by itself", metavar="N", ge=1, le=16
+    )
+    window_overlap: int = setting(
+        0,
+        Panel.LEARNING,
+        "Blocks of a window that the next one learns again",
+        rare=True,
+        metavar="N",
+        ge=0,
+        le=15,
+    )
     early_stop: float = setting(
         0.0,
         Panel.LEARNING,
@@ -279,6 +291,12 @@ class Recipe(BaseModel):
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
         if odd:
             raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
+        if self.window_overlap >= self.window:
+            raise ValueError(
+                f"window_overlap {self.window_overlap} of window {self.window}: every window has to move on"
+            )
+        if self.window > 1 and self.rounding == "gptq":
+            raise ValueError(f"window {self.window}: GPTQ compensates one block at a time; take learned rounding")
         if self.method not in PRESETS:
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self

@@ -24,7 +24,7 @@ def by_hand(blocks: list[nn.Module], inputs: BlockInputs, samples: list[int]) ->
     """Hidden states behind the last block, from what was captured."""
     hidden = torch.cat([inputs.hidden[sample] for sample in samples])
     for index, block in enumerate(blocks):
-        output = block(hidden, **inputs.arguments_of(index, samples[0], len(samples), CPU))
+        output = block(hidden, **inputs.arguments_of(index, samples[0], len(samples), device=CPU))
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -91,7 +91,7 @@ def test_samples_are_batched_only_where_their_arguments_can_be() -> None:
     per_sample = {"mask": torch.zeros(1, 1, 3, 3), "turns": (torch.zeros(1, 3, 2),), "steps": torch.arange(3)}
     inputs = BlockInputs(hidden, [[per_sample]])
     assert inputs.shared()
-    together = inputs.arguments_of(0, 0, 2, CPU)
+    together = inputs.arguments_of(0, 0, 2, device=CPU)
     assert together["mask"].shape == (2, 1, 3, 3)
     assert together["turns"][0].shape == (2, 3, 2)
     assert together["steps"].shape == (3,)

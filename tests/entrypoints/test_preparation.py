@@ -62,6 +62,17 @@ def test_floats_that_no_checkpoint_of_the_model_holds_are_refused_by_both(tmp_pa
     assert "cannot load its weights packed" in refused_alike("zoo:llava", recipe, tmp_path)
 
 
+@pytest.mark.parametrize("taken", ["a file", "a folder"])
+def test_a_save_directory_that_is_taken_is_refused_by_both(taken: str, tiny: Path, tmp_path: Path) -> None:
+    recipe, target = Recipe.preset("rtn", **SETTINGS | {"epochs": 0}), tmp_path / "out"
+    if taken == "a folder":
+        target.mkdir()
+    (target if taken == "a file" else target / "something").write_text("of mine")
+    said = refusal(lambda: estimate(str(tiny), recipe, save_dir=target))
+    assert refusal(lambda: lrquant.quantize(str(tiny), recipe, save_dir=target)) == said
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_a_model_that_is_not_needed_in_memory_stays_on_disk(tiny: Path) -> None:
     recipe = Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS)
     assert prepare(tiny, recipe, HERE, in_memory=False).original.is_offloaded

@@ -53,7 +53,7 @@ class BlockInputs:
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def arguments_of(self, block: int, sample: int, batch: int, device: torch.device) -> dict[str, Any]:
+    def arguments_of(self, block: int, sample: int, batch: int, *, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of `block` for a batch of `batch` samples that starts with `sample`."""
         per_sample = self.arguments[block]
         chosen = per_sample[0] if len(per_sample) == 1 else per_sample[sample]

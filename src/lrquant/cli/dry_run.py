@@ -11,7 +11,14 @@ if TYPE_CHECKING:
 
 
 def show_estimate(
-    model: str, recipe: "Recipe", device: str, activations: Any, trust_remote_code: bool, json: Path | None
+    model: str,
+    recipe: "Recipe",
+    save_dir: Path,
+    *,
+    activations: Any,
+    device: str,
+    trust_remote_code: bool,
+    json: Path | None,
 ) -> None:
     from lrquant.entrypoints.estimate import estimate
 
@@ -20,7 +27,13 @@ def show_estimate(
         return
     with console.status("Trying one block"):
         found = estimate(
-            model, recipe, device, activations=activations, trust_remote_code=trust_remote_code, ranks=ranks
+            model,
+            recipe,
+            device,
+            activations=activations,
+            trust_remote_code=trust_remote_code,
+            ranks=ranks,
+            save_dir=save_dir,
         )
     where = f"{found.activations}, {console.megabytes(found.activation_bytes)}"
     rows = [

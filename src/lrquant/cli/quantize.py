@@ -130,7 +130,15 @@ def quantize(
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
 
     if dry_run:
-        show_estimate(model, chosen, device, activations.value, trust_remote_code, json)
+        show_estimate(
+            model,
+            chosen,
+            save_dir,
+            activations=activations.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            json=json,
+        )
         return
     if push_to_hub:
         check_can_push(push_to_hub)

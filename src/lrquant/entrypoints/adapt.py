@@ -150,6 +150,8 @@ def _learning(recipe: Recipe, given: TokenIds, options: AdaptOptions) -> Recipe:
         two_branch=False,
         dynamic_loss=False,
         tuning_epochs=0,
+        window=1,
+        window_overlap=0,
         products="auto",
         kernels="auto",
     )

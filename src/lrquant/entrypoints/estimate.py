@@ -36,6 +36,7 @@ from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.resume.run_directory import check_target
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
 
@@ -73,13 +74,18 @@ def estimate(
     activations: Where = "auto",
     trust_remote_code: bool = False,
     ranks: int = 1,
+    save_dir: str | Path | None = None,
 ) -> Estimate:
     """What `quantize` of `model` by `recipe` will read, write, hold and take; per process, where `ranks` share the run.
+
+    Nothing is written, to `save_dir` neither.
 
     Raises:
         UsageError, LrquantError: as `quantize` would.
     """
     began, memory = time.perf_counter(), PeakMemory()
+    if save_dir is not None:
+        check_target(Path(save_dir))
     check_shared(recipe, None, Ranks(0, ranks))
     machine = pick_machine(recipe, device, shared=False)
     prepared = prepare(model, recipe, machine, in_memory=False, trust_remote_code=trust_remote_code)
@@ -101,7 +107,14 @@ def _tried(prepared: PreparedRun, ranks: int) -> PreparedRun:
     recipe = prepared.recipe
     batch = max(1, min(recipe.batch_size, recipe.nsamples) // ranks)
     tried = recipe.changed(
-        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0, extra=()
+        nsamples=batch,
+        batch_size=batch,
+        epochs=min(recipe.epochs, STEPS),
+        early_stop=0.0,
+        tuning_epochs=0,
+        extra=(),
+        window=1,
+        window_overlap=0,
     )
     return replace(prepared, recipe=tried, samples=prepared.samples[:batch])
 
@@ -158,6 +171,8 @@ class _Extrapolation:
     def _seconds(self) -> float:
         recipe, clock, streams = self.prepared.recipe, self.clock, self.prepared.streams
         steps = recipe.epochs * -(-recipe.nsamples // recipe.batch_size) if recipe.learns else 0
+        if recipe.window > 1:  # each block alone, then with every window that it is in
+            steps += steps * recipe.window // (recipe.window - recipe.window_overlap)
         seconds = self.opened
         for first, like in self._parts():
             seconds += like * clock.block_seconds(first, steps, samples=self.mine, streams=streams)

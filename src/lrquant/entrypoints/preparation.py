@@ -53,8 +53,8 @@ class PreparedRun:
 
     @property
     def streams(self) -> int:
-        """How many streams of hidden states there are at once."""
-        return 2 + self.recipe.two_branch
+        """How many streams of hidden states there are at once; a window looks ahead in both."""
+        return 2 + self.recipe.two_branch + 2 * (self.recipe.window > 1)
 
     @cached_property
     def keeps_blocks(self) -> bool:

@@ -31,7 +31,8 @@ from lrquant.loading.pretrained import fetched_folder
 from lrquant.loading.validation import weight_files
 from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_reconstruction import Learn, restore
+from lrquant.reconstruction.block_reconstruction import Learn
+from lrquant.reconstruction.block_window import providers_of
 from lrquant.reconstruction.callbacks import Callback, Callbacks
 from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import Journal, SharedJournal
@@ -163,7 +164,8 @@ def _carried_out(prepared: PreparedRun, writing: "_Writing", *, callback: Callba
     if learn.start_from is not None and len(learn.start_from) != blocks:
         raise UsageError(f"saved parameters of {len(learn.start_from)} blocks for a model of {blocks}")
     with prepared.advising(cache):
-        run = prepared.run(cache, journal=writing.journal, callback=callback, providers=(restore, learn))
+        providers = providers_of(prepared.recipe, learn)
+        run = prepared.run(cache, journal=writing.journal, callback=callback, providers=providers)
         result = carry_out(run)
     result.own_layout = in_own_layout(prepared.original.model, result)
     if prepared.original.block_source.keeps:

@@ -1,6 +1,6 @@
 """Calls of one block on the samples of a stream: with its own weights, or with weights made from learnables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +71,7 @@ class BlockForward:
         self, stream: Sequence[Tensor] | Mapping[int, Tensor], chosen: Sequence[int]
     ) -> tuple[Tensor, dict[str, Any]]:
         """What the block receives for samples `chosen`: hidden states and arguments."""
-        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), self.device)
+        arguments = self.inputs.arguments_of(self.index, chosen[0], len(chosen), device=self.device)
         # Copied even if there is one: a model's own code may write into what it is given.
         return torch.cat([stream[sample] for sample in chosen]).to(self.device), arguments
 
@@ -85,11 +85,13 @@ class BlockForward:
 
     @timed("own-branch targets")
     @torch.no_grad()
-    def outputs(self, stream: Sequence[Tensor], store: ActivationStore) -> Stream:
-        """The block's outputs on `stream`, kept apart from it."""
+    def outputs(
+        self, stream: Sequence[Tensor], store: ActivationStore, parameters: Mapping[str, Tensor] | None = None
+    ) -> Stream:
+        """The block's outputs on `stream`, kept apart from it; with its own parameters unless others are given."""
         result = store.stream(stream[0])
         for chosen in self._batches():
-            for output in split_samples(self._call(stream, chosen, None), len(chosen)):
+            for output in split_samples(self._call(stream, chosen, parameters), len(chosen)):
                 result.append(output)
         return result
 
@@ -222,18 +224,39 @@ class BlockForward:
         dtype = next(self.block.parameters()).dtype
         product = torch.bfloat16 if recipe.products == "bfloat16" else dtype
 
+        def parameters(learnables: Learnables) -> Mapping[str, Tensor]:
+            return quantized_parameters(fixed, learnables, dtype, product)
+
+        plain = self.loss_of(parameters, stream, targets, recipe=recipe)
+
         def forward(learnables: Learnables, chosen: Sequence[int]) -> Tensor:
-            if not chosen:
-                return no_means(len(targets), recipe.loss, self.device)
-            wanted = self._wanted(targets, chosen)
-            if graph is not None and graph.works and len(chosen) == self.at_once:
+            if chosen and graph is not None and graph.works and len(chosen) == self.at_once:
+                wanted = self._wanted(targets, chosen)
                 found = graph(self.block, fixed, learnables, *self._given(stream, chosen), wanted)
                 if found is not None:
                     return found
             plainly = kernels.using("eager") if graph is not None and graph.works else nullcontext()  # a few calls
-            with plainly, matrix_products(recipe.products, self.device):
-                output = self._call(stream, chosen, quantized_parameters(fixed, learnables, dtype, product))
-            return means(output, wanted, recipe.loss)
+            with plainly:
+                return plain(learnables, chosen)
+
+        return forward
+
+    def loss_of(
+        self,
+        parameters: Callable[[Learnables], Mapping[str, Tensor]],
+        stream: Sequence[Tensor],
+        targets: Sequence[Sequence[Tensor]],
+        *,
+        recipe: Recipe,
+    ) -> Forward:
+        """The block with `parameters` of learnables, as `learn` calls it: what the recipe's loss is made of."""
+
+        def forward(learnables: Learnables, chosen: Sequence[int]) -> Tensor:
+            if not chosen:
+                return no_means(len(targets), recipe.loss, self.device)
+            with matrix_products(recipe.products, self.device):
+                output = self._call(stream, chosen, parameters(learnables))
+            return means(output, self._wanted(targets, chosen), recipe.loss)
 
         return forward
 

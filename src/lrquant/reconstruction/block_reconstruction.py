@@ -5,7 +5,8 @@ solve     θ* minimises loss(f(x̂; W(θ), activations quantized), targets)     
 freeze    W(θ*) → integers, scales, zero points                            block_parameters.py
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -84,26 +85,40 @@ class Learn:
         own_targets = forward.outputs(task.quantized, run.cache) if recipe.two_branch else None
         begun = self.begin(task)
         targets = [task.full_precision] if own_targets is None else [task.full_precision, own_targets]
-        input_args = run.input_args(task.block, begun.flat_inputs)
         told = run.callback.epoch_done
-        with quantized_activations(task.block, input_args, run.attention_scheme), kernels.using(recipe.kernels):
+        with self.rounding(task, begun):
             learned = solve(
                 forward, begun.fixed, begun.start, task.quantized, targets, recipe, compiled, task.place.index, told
             )
             if rival is not None:
                 now = forward.fixed_function(rival.parameters, task.quantized, targets, recipe.loss)
                 learned = or_present(learned, now, len(run.samples), forward.batch, run.machine.ranks)
-            frozen = freeze(begun.fixed, learned.learnables)
-            scales = forward.static_scales(task.quantized, frozen, recipe.scheme, run.storage_dtype)
-            frozen = replace(frozen, static_scales=scales)
+        return self.finish(task, begun, learned, rival=rival)
+
+    def finish(self, task: BlockTask, begun: Begun, learned: Learned, *, rival: Rival | None = None) -> BlockOutcome:
+        """Freeze what was learned; static scales of activations are calibrated on x̂ as it is now."""
+        run = task.run
+        frozen = freeze(begun.fixed, learned.learnables)
+        with self.rounding(task, begun):
+            scales = task.forward.static_scales(task.quantized, frozen, run.recipe.scheme, run.storage_dtype)
+        frozen = replace(frozen, static_scales=scales)
         finished = _finished(task.place.index, begun, learned, frozen=frozen)
         if rival is not None and learned.outcome == "kept present":
             return BlockOutcome(rival.parameters, rival.static_scales, begun.flat_inputs, finished, fresh=True)
         check_fits(frozen, task.place.path, run.storage_dtype)
+        input_args = run.input_args(task.block, begun.flat_inputs)
         decision = BlockDecision(begun.fixed, begun.start, learned.learnables, frozen, input_args, run.attention_scheme)
         run.callback.block_decided(task.event, decision)
         parameters = frozen.parameters(next(task.block.parameters()).dtype)
         return BlockOutcome(parameters, frozen.static_scales, begun.flat_inputs, finished, frozen, fresh=True)
+
+    @contextmanager
+    def rounding(self, task: BlockTask, begun: Begun) -> Iterator[None]:
+        """Within, the block rounds its activations, and the recipe's kernels do so."""
+        run = task.run
+        input_args = run.input_args(task.block, begun.flat_inputs)
+        with quantized_activations(task.block, input_args, run.attention_scheme), kernels.using(run.recipe.kernels):
+            yield
 
     def begin(self, task: BlockTask) -> Begun:
         """Moves x on, and makes of the block what the recipe wants before anything is learned."""

@@ -28,10 +28,12 @@ class FinishedBlock:
     flat_inputs: tuple[str, ...]  # linears that see (tokens, width)
     added_biases: tuple[str, ...]  # modules that got a bias for a shift
     static_scales: dict[str, Tensor] = field(default_factory=dict)  # FrozenBlock.static_scales
+    carried: dict[str, Tensor] = field(default_factory=dict)  # learnables that the next window goes on from
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, as `learned:NAME`, `scale:LINEAR`, `absmax:LINEAR` and `midpoint:LINEAR`."""
+        """Everything that is a tensor, as `learned:NAME`, `carried:NAME`, `scale:LINEAR`, `absmax:LINEAR`, …"""
         found = {f"learned:{name}": tensor for name, tensor in self.learnables.items()}
+        found |= {f"carried:{name}": tensor for name, tensor in self.carried.items()}
         found |= {f"scale:{name}": tensor for name, tensor in self.static_scales.items()}
         for linear, seen in self.statistics.items():
             for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint)):
@@ -49,17 +51,20 @@ class FinishedBlock:
     ) -> "FinishedBlock":
         """From `tensors()`; other names are left alone."""
         learned: dict[str, Tensor] = {}
+        carried: dict[str, Tensor] = {}
         scales: dict[str, Tensor] = {}
         statistics: dict[str, ChannelStatistics] = {}
         for name, tensor in tensors.items():
             kind, _, of = name.partition(":")
             if kind == "learned":
                 learned[of] = tensor
+            elif kind == "carried":
+                carried[of] = tensor
             elif kind == "scale":
                 scales[of] = tensor
             elif kind in ("absmax", "midpoint"):
                 setattr(statistics.setdefault(of, ChannelStatistics()), kind, tensor)
-        return cls(learned, statistics, record, tuple(flat_inputs), tuple(added_biases), scales)
+        return cls(learned, statistics, record, tuple(flat_inputs), tuple(added_biases), scales, carried)
 
 
 class Journal:

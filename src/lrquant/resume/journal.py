@@ -3,6 +3,7 @@
     00012.safetensors   packed:NAME    the block's tensors as the checkpoint will hold them
                         buffer:NAME    what the block holds besides parameters
                         learned:NAME   its learnables
+                        carried:NAME   learnables of later blocks, where windows overlap
                         absmax:LINEAR, midpoint:LINEAR   statistics of its linears' inputs
     bits.json           how many bits each linear gets, where that follows from measured errors
     00012.json          the checksum of that file, and the checksum of the block before it (manifest.py)
@@ -39,7 +40,7 @@ from lrquant.resume.manifest import BitsEntry, BlockEntry, read_entry, write_ent
 from lrquant.runtime.files import checksum, write_tensors
 from lrquant.runtime.profile import timed
 
-_KINDS = ("learned:", "scale:", "absmax:", "midpoint:")  # of a finished block's tensors
+_KINDS = ("learned:", "carried:", "scale:", "absmax:", "midpoint:")  # of a finished block's tensors
 
 
 class DiskJournal(Journal):
