@@ -36,7 +36,7 @@ from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.records import BlockRecord
-from lrquant.resume.run_directory import check_target
+from lrquant.resume.run_directory import check_place, resolved, run_folder
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
 
@@ -85,7 +85,7 @@ def estimate(
     """
     began, memory = time.perf_counter(), PeakMemory()
     if save_dir is not None:
-        check_target(Path(save_dir))
+        check_place(resolved(save_dir), run_folder(Path(save_dir)))
     check_shared(recipe, None, Ranks(0, ranks))
     machine = pick_machine(recipe, device, shared=False)
     prepared = prepare(model, recipe, machine, in_memory=False, trust_remote_code=trust_remote_code)

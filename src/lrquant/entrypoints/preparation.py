@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrquant.architectures import Family
 from lrquant.architectures.targets import linears_of
 from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.calibration.samples import TokenIds, samples_of, text_samples
@@ -68,11 +67,9 @@ class PreparedRun:
     @property
     def notes(self) -> list[str]:
         """What a user should know before the run, the most important first."""
-        family, notes = self.original.family, []
+        notes = []
         if self.coverage is not None and (warning := self.coverage.warning()):
             notes.append(warning)
-        if isinstance(family, Family) and not family.known:
-            notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
         return [*notes, *self.original.notes]
 
     def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:

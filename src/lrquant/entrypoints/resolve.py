@@ -89,6 +89,7 @@ def values_of_all_steps(recipe: Recipe, original: Original, *, samples: Sequence
 
 
 def _width(block: nn.Module) -> int:
-    """The longest vector of `block`, or the widest row where it has none (OLMo's norms lack weights)."""
-    vectors = [tensor.numel() for tensor in block.parameters() if tensor.ndim == 1]
-    return max(vectors or [tensor.shape[-1] for tensor in block.parameters()])
+    """The longest vector; a block without any (norms without weights, no biases) has rows of matrices."""
+    parameters = list(block.parameters())
+    vectors = (each.numel() for each in parameters if each.ndim == 1)
+    return max(vectors, default=max((each.shape[-1] for each in parameters), default=0))

@@ -7,9 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lrquant.architectures.family import found_notes
 from lrquant.entrypoints.expert_notes import expert_notes
 from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
+from lrquant.loading.original import Original
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_preparation import linear_input_args
 from lrquant.reconstruction.coverage import Coverage
@@ -69,9 +71,9 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
         install(schemes, (), None)
 
 
-def notes_of(recipe: Recipe, result: Reconstruction) -> list[str]:
+def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list[str]:
     """What a user should know of this result besides its numbers."""
-    notes = []
+    notes = found_notes(original.family.name, original.stages) if recipe.let else []
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
     if recipe.scheme.kv_cache:

@@ -143,9 +143,14 @@ def load_processor(name: str, modality: Modality, trust_remote_code: bool = Fals
     """What prepares a model's inputs: its tokenizer, its image processor, or both in one."""
     import transformers
 
-    auto = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "image+text": "AutoProcessor"}[modality]
+    auto = {
+        "text": "AutoTokenizer",
+        "sentences": "AutoTokenizer",
+        "image": "AutoImageProcessor",
+        "image+text": "AutoProcessor",
+    }[modality]
     path = Path(resolve_model(name))
-    if modality == "text" and path.is_dir() and not any(any(path.glob(files)) for files in _TOKENIZER_FILES):
+    if auto == "AutoTokenizer" and path.is_dir() and not any(any(path.glob(files)) for files in _TOKENIZER_FILES):
         raise LrquantError(f"{name}: has no tokenizer beside its weights; copy its files from the base model")
     return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)
 

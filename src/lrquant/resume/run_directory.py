@@ -136,18 +136,6 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def check_target(target: Path) -> None:
-    """Raise where no run can leave its result.
-
-    Raises:
-        UsageError: `target` is a file, or holds something else than the result of a run that is being tidied up.
-    """
-    if target.is_file():
-        raise UsageError(f"{target}: the save directory is a file; name another")
-    if _occupied(target) and not run_folder(target).is_dir():
-        raise _not_empty(target)
-
-
 def _checksums(folder: Path) -> dict[str, str]:
     """Of a result's files; a run folder inside it is none of them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]

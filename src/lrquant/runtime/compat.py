@@ -106,3 +106,11 @@ def rust_tokenizer(trained: Any) -> Any:
 def initialize(model: Any, module: Any) -> None:
     """Have `model`'s class initialize one module, as it does with every module once it has loaded (transformers 5)."""
     model._init_weights(module)
+
+
+def grouped_products() -> tuple[Any, ...]:
+    """The products of fused experts (torch 2.8 to 2.13): the public function calls the private one."""
+    import torch
+
+    found = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
+    return tuple(function for function in found if function is not None)
