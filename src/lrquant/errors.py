@@ -17,4 +17,8 @@ class UsageError(LrquantError, ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Control-C, with a line that says what is kept."""
+    """Control-C or a scheduler's SIGTERM, with a line that says what is kept."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Control-C does."""

@@ -145,7 +145,7 @@ def unfinished(content: str) -> Callable[[Path, Path], list[Any]]:
 
     def case(tiny: Path, tmp: Path) -> list[Any]:
         (tmp / ".out.lrquant").mkdir()
-        (tmp / ".out.lrquant" / "lock").touch()
+        (tmp / ".out.lrquant" / "lock").write_text("lrquant 1\n")
         (tmp / ".out.lrquant" / "00000.json").write_text("{}")  # a block: the folder is worth keeping
         (tmp / ".out.lrquant" / "run.json").write_text(content)
         return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
@@ -219,6 +219,16 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "device": (2, "device 'cuda:7'", quantize("--device", "cuda:7")),
     "device name": (2, "device 'gpu'", quantize("--device", "gpu")),
     "json folder": (2, "its folder does not exist", quantize("--json", "/no/such/folder/x.json")),
+    "json in a place for no files": (2, "--json /proc/x.json: cannot be written", quantize("--json", "/proc/x.json")),
+    "json into a folder": (2, "--json /: this is a folder", quantize("--json", "/")),
+    "statistics into a folder": (2, "--save-statistics /: this is a folder", quantize("--save-statistics", "/")),
+    "log file": (2, "--log-file /proc/x: cannot be written", quantize("--log-file", "/proc/x")),
+    "a name of 250 letters": (
+        2,
+        "the name is longer than 247 bytes",
+        lambda tiny, tmp: ["quantize", tiny, *QUICK, "--save-dir", tmp / ("x" * 250)],
+    ),
+    "a device": (2, "is a file", lambda tiny, tmp: ["quantize", tiny, *QUICK, "--save-dir", "/dev/null"]),
     "occupied": (2, "is not empty", occupied),
     "a file": (2, "is a file", save_dir_is_a_file),
     "not writable": (

@@ -44,7 +44,7 @@ def adapt(
     trust_remote_code: Trust = False,
 ) -> None:
     """Adapt QUANTIZED to an unlabelled test set; the result is a new checkpoint, and QUANTIZED stays as it is."""
-    console.check_json_path(json)
+    console.check_output(json)
     if push_to_hub:
         check_can_push(push_to_hub)
 

@@ -16,7 +16,7 @@ def compare(
     json: JsonFile = None,
 ) -> None:
     """Print a table of several quantized checkpoints: format, size, quality, time."""
-    console.check_json_path(json)
+    console.check_output(json)
     if len(directories) < 2:
         raise UsageError("give at least two folders to compare; lrquant info DIR describes one")
 

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
 from lrquant.reconstruction.callbacks import Callback
+from lrquant.runtime.paths import check_writable, reason, write_file
 
 if TYPE_CHECKING:
     from lrquant.reconstruction.records import BlockRecord
@@ -58,6 +59,7 @@ def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
             handler = logging.FileHandler(log_file, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--log-file {log_file}: cannot be written ({error.strerror})") from None
+        handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk ends the log, not the run
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     try:
@@ -130,19 +132,28 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB"
 
 
-def check_json_path(path: Path | None) -> None:
-    """Raise early when a result file could not be written at the end."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {path}: {'this is a folder' if path.is_dir() else 'its folder does not exist'}")
+def check_output(path: Path | None, option: str = "--json") -> None:
+    """Raise early when the file that `option` names could not be written at the end."""
+    if path is not None and speaks():
+        check_writable(path, option)
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write figures to `path`, whole or not at all."""
+    """Write figures to `path`.
+
+    Raises:
+        LrquantError: it cannot be written; the figures are printed instead.
+    """
     if path is None or not speaks():
         return
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(path)
+    text = json.dumps(values, indent=1) + "\n"
+    try:
+        write_file(path, text.encode())
+    except OSError as error:
+        out.print(text, markup=False, soft_wrap=True, end="")
+        raise LrquantError(
+            f"--json {path}: cannot be written ({reason(error)}); the figures are printed above"
+        ) from None
 
 
 class BlockProgress(Callback):

@@ -29,7 +29,7 @@ def demo(
     json: JsonFile = None,
 ) -> None:
     """Quantize a bundled model to W4A4 with every method and compare them on held-out text or pictures."""
-    console.check_json_path(json)
+    console.check_output(json)
     if model not in SHOWS:
         raise UsageError(f"no demo of {model!r}: there are {', '.join(SHOWS)}")
     from lrquant.entrypoints.quantize import quantize

@@ -24,7 +24,7 @@ OPTIONAL = {
 
 def doctor(json: JsonFile = None) -> None:
     """Say what this machine can do: torch's build, devices, memory, bf16, packages; and what to install."""
-    console.check_json_path(json)
+    console.check_output(json)
     required, wrong = _required()
     with console.status("Looking at this machine"):
         machine = _machine()

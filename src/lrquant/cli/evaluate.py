@@ -42,7 +42,7 @@ def evaluate(
             "nothing to measure: name a text with --ppl (wikitext2, zoo:pydoc), tasks with --tasks (piqa), "
             "pictures with --images (zoo:shapes), or questions with --vqa (zoo:shapes-vqa)"
         )
-    console.check_json_path(json)
+    console.check_output(json)
     figures: dict[str, Any] = {"model": model}
     first = console.speaks()
     if (images or vqa) and first:

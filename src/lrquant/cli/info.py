@@ -49,7 +49,7 @@ def info(
     json: JsonFile = None,
 ) -> None:
     """Describe the quantized checkpoint DIR: method, format, bits, layers, and what it runs in."""
-    console.check_json_path(json)
+    console.check_output(json)
     facts = describe(directory)
     rows = [
         ["model", f"{facts.architecture} ({facts.model_type})"],

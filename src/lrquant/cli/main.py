@@ -17,7 +17,9 @@ from lrquant.cli.info import info
 from lrquant.cli.options import with_output_options
 from lrquant.cli.quantize import quantize
 from lrquant.cli.report import report
-from lrquant.errors import LrquantError
+from lrquant.cli.signals import handled
+from lrquant.errors import LrquantError, Terminated, UsageError
+from lrquant.runtime.paths import reason
 
 app = typer.Typer(
     name="lrquant",
@@ -61,19 +63,34 @@ def main() -> None:
 
 
 def run(program: Callable[[], object]) -> None:
-    """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted."""
+    """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted, 143: terminated."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_LEVEL", "ERROR")
     try:
-        program()
+        with handled():
+            _check_surroundings()
+            program()
     except LrquantError as error:
         _fail(str(error), error.exit_code, error)
     except KeyboardInterrupt as error:
-        _fail(str(error) or "interrupted", 130, error)
+        _fail(str(error) or "interrupted", 143 if isinstance(error, Terminated) else 130, error)
+    except OSError as error:
+        _fail(f"{f'{error.filename}: ' if error.filename else ''}{reason(error)}", 1, error)
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, error)
+
+
+def _check_surroundings() -> None:
+    """Raise where the working folder was deleted; print to nowhere where standard output is closed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working folder was deleted; change to one that exists") from None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the program ends
 
 
 def _fail(line: str, code: int, error: BaseException) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lrquant.cli import console
-from lrquant.errors import LrquantError, UsageError
+from lrquant.errors import LrquantError, Terminated, UsageError
 
 COLLECTIVE = ("quantize", "evaluate")  # what several processes do together
 
@@ -20,9 +20,12 @@ LogFile = Annotated[
 
 
 class Stopped(LrquantError):
-    """Control-C as an error: typer ends the program at a KeyboardInterrupt, and its line would be lost."""
+    """Control-C or SIGTERM as an error: typer ends the program at a KeyboardInterrupt, and its line would be lost."""
 
-    exit_code = 130
+    def __init__(self, stopped: KeyboardInterrupt) -> None:
+        super().__init__(str(stopped) or "interrupted")
+        terminated = isinstance(stopped, Terminated) or isinstance(stopped.__cause__, Terminated)
+        self.exit_code = 143 if terminated else 130
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -33,7 +36,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*values, **given)
         except KeyboardInterrupt as error:
-            raise Stopped(str(error) or "interrupted") from error
+            raise Stopped(error) from error
 
     return wrapped
 

@@ -13,7 +13,7 @@ from lrquant.cli.hub import check_can_push, push
 from lrquant.cli.reporting import command_line, metrics_of
 from lrquant.cli.results import figures, show
 from lrquant.cli.tracking import Tracker, tracking
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
 
 if TYPE_CHECKING:
     from lrquant.recipe import Recipe
@@ -309,7 +309,8 @@ def quantize(
         "kernels": kernels,
         "dtype": None if dtype is Dtype.auto else dtype.value,
     }
-    console.check_json_path(json)
+    console.check_output(json)
+    console.check_output(save_statistics, "--save-statistics")
     if lr_plus and method not in (None, "lrquant", "lrquant+"):
         raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
     chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, format, changes)
@@ -351,7 +352,10 @@ def quantize(
             activations=activations.value,
         )
         if save_statistics and first:
-            save_statistics_file(save_statistics, quantized.result.statistics)
+            try:
+                save_statistics_file(save_statistics, quantized.result.statistics)
+            except LrquantError as error:  # the checkpoint is whole, and its figures are worth more
+                console.note(str(error))
         measured, original = {}, {}
         if eval_ppl:
             how: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
@@ -382,11 +386,13 @@ def quantize(
     show(quantized, measured, adapted, original, save_dir / "report.html" if report else None)
     show_tasks(by_task)
     values = figures(quantized, measured, adapted, original)
-    console.write_json(json, {"model": model, **values, "tasks": by_task.results})
-    if push_to_hub:
-        with console.status(f"Uploading to {push_to_hub}"):
-            address = push(save_dir, push_to_hub, private)
-        console.note(f"uploaded: {address}")
+    try:
+        if push_to_hub:
+            with console.status(f"Uploading to {push_to_hub}"):
+                address = push(save_dir, push_to_hub, private)
+            console.note(f"uploaded: {address}")
+    finally:
+        console.write_json(json, {"model": model, **values, "tasks": by_task.results})
 
 
 def _recipe(

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.learnables import Learnables
+from lrquant.runtime.paths import reason, write_file
 
 
 def save_learned(path: Path, learned: Sequence[Learnables], recipe: Recipe) -> None:
@@ -16,9 +17,10 @@ def save_learned(path: Path, learned: Sequence[Learnables], recipe: Recipe) -> N
     tensors = {
         f"{index}:{name}": tensor.contiguous() for index, block in enumerate(learned) for name, tensor in block.items()
     }
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary, {"format": "pt", "blocks": str(len(learned)), "recipe": recipe.to_yaml()})
-    temporary.replace(path)
+    try:
+        write_file(path, save(tensors, {"format": "pt", "blocks": str(len(learned)), "recipe": recipe.to_yaml()}))
+    except OSError as error:
+        raise LrquantError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def load_learned(path: Path) -> list[Learnables]:

@@ -30,13 +30,16 @@ from lrquant.recipe import RECIPE_FILE, Recipe
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime import compat
 from lrquant.runtime.files import sync_tree, write_sums
+from lrquant.runtime.paths import permit
 
 
 def check_save_dir(save_dir: str | Path) -> Path:
     """Raise before any work is spent when `save_dir` cannot become the result."""
-    path = Path(save_dir)
-    if path.is_file():
+    path = Path(os.path.realpath(save_dir))
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: the save directory is a file; name another")
+    if os.path.ismount(path):
+        raise UsageError(f"{path}: a mount point, which cannot be renamed; name a folder in it")
     if path.is_dir() and any(path.iterdir()):
         raise UsageError(f"{path}: the save directory is not empty; name another or empty it")
     ancestor = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
@@ -56,7 +59,7 @@ def whole_directory(target: Path) -> Iterator[Path]:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}-"))
         yield temporary
-        temporary.chmod(0o755)
+        permit(temporary, 0o777)
         sync_tree(temporary)
         os.replace(temporary, target)
     except BaseException as error:

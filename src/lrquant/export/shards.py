@@ -7,6 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrquant.runtime.paths import permit
+
 MOST_BYTES = 256 << 20  # of one file, unless what is added at once is larger
 
 
@@ -44,6 +46,7 @@ class ShardWriter:
     def _flush(self) -> None:
         tensors = {name: tensor.contiguous() for name, tensor in self._waiting.items()}
         save_file(tensors, self._part(len(self._names)), {"format": "pt"})
+        permit(self._part(len(self._names)))
         self._names.append(list(tensors))
         self._total += sum(tensor.nbytes for tensor in tensors.values())
         self._waiting = {}

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lrquant.errors import UsageError
+from lrquant.errors import LrquantError, UsageError
+from lrquant.runtime.paths import reason, write_file
 from lrquant.transforms.statistics import ChannelStatistics
 
 Statistics = Sequence[dict[str, ChannelStatistics]]
@@ -22,9 +23,10 @@ def save_statistics_file(path: Path, statistics: Statistics, kinds: Sequence[str
         for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint))
         if tensor is not None and kind in kinds
     }
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    try:
+        write_file(path, save(tensors))
+    except OSError as error:
+        raise LrquantError(f"{path}: cannot be written ({reason(error)})") from None
 
 
 def load_statistics(*paths: Path) -> Statistics:

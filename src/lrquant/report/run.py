@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lrquant.errors import UsageError
+from lrquant.runtime.paths import permit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,6 +132,7 @@ def save_run(directory: Path, run: Run, measurements: Mapping[str, "Tensor"]) ->
     folder.mkdir(exist_ok=True)
     part = folder / f".{MEASUREMENTS_FILE}.part"
     save_file({name: tensor.contiguous() for name, tensor in measurements.items()}, part)
+    permit(part)
     part.replace(folder / MEASUREMENTS_FILE)
     write_whole(folder / RUN_FILE, run.model_dump_json(indent=1) + "\n")
 

@@ -1,12 +1,21 @@
-"""One run at a time in a folder: a lock that the system takes back when its process dies."""
+"""One run at a time in a folder: a lock that the system takes back when its process dies.
 
+The lock file is also the mark of a folder that lrquant made: its first word says so.
+"""
+
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lrquant.errors import UsageError
+
+LOCK = "lock"
+STILL_OPEN = ".nfs"  # how NFS calls a file that was deleted and is still open
+MARK = b"lrquant "  # before the number of the process
 
 
 class Busy(UsageError):
@@ -21,11 +30,11 @@ def locked(path: Path, name: str) -> Iterator[None]:
         Busy: another process holds it.
     """
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = _opened(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.read(handle, 20).decode(errors="replace").strip()
+            owner = os.read(handle, 40).removeprefix(MARK).decode(errors="replace").strip()
             os.close(handle)
             raise Busy(
                 f"{name}: another run{f' (process {owner})' if owner else ''} is writing there; "
@@ -36,7 +45,36 @@ def locked(path: Path, name: str) -> Iterator[None]:
         os.close(handle)  # the run before us ended in between and took the file away
     try:
         os.truncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        os.pwrite(handle, MARK + f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UsageError(f"{path}: a symbolic link, which is not lrquant's; remove it") from None
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise UsageError(f"{path}: not a regular file, and not lrquant's; remove it")
+    return handle
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether lrquant made `folder`: a real folder that holds nothing yet, or a lock file with its mark.
+
+    A process that is killed before it has written the mark leaves an empty lock file and nothing else.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(STILL_OPEN)}
+    lock = folder / LOCK
+    if not names or lock.is_symlink() or not lock.is_file():
+        return not names
+    with lock.open("rb") as file:
+        mark = file.read(len(MARK))
+    return mark == MARK or (mark == b"" and names == {LOCK})

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrquant.errors import LrquantError
+from lrquant.runtime.paths import permit, reason
 
 SUMS_FILE = "SHA256SUMS"  # as sha256sum writes and reads it
 _PIECE = 1 << 20
@@ -55,15 +56,12 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file. One entry of metadata: more would be written in no fixed order."""
-    write_durably(path, lambda temporary: save_file(dict(tensors), temporary, {"format": "pt"}))
 
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, {"format": "pt"})
+        permit(temporary)
 
-def reason(error: BaseException) -> str:
-    """Why a file could not be written, in the system's words; safetensors wraps them."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).splitlines()[0]
-    return text.rpartition(": ")[2].partition(" (os error")[0]
+    write_durably(path, write)
 
 
 def checksum(path: Path) -> str:

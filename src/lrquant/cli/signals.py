@@ -1,0 +1,37 @@
+"""Control-C and SIGTERM: the first ends the work with its line, the second ends the program at once."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lrquant.errors import Terminated
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Within, SIGTERM is raised as `Terminated`; a signal after the first ends the program with its exit code.
+
+    Nothing is lost by that: what an interrupted run keeps is on disk already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            os._exit(128 + number)
+        seen = True
+        raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
+
+    caught = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, end) for each in caught}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
