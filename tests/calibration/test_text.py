@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrquant.calibration import calibration_samples, evaluation_ids, read_text
-from lrquant.calibration.text import text_name
+from lrquant.calibration.text import leading_token, text_name, windows
 from lrquant.errors import LrquantError, UsageError
 from lrquant.zoo import corpus
 
@@ -73,6 +73,38 @@ def test_of_a_web_sized_set_enough_documents_are_drawn_by_seed() -> None:
 
     assert draw(0) == draw(0) != draw(1)
     assert max(draw(0)) > 1000  # not merely the first ones
+
+
+class WithBos:
+    """A tokenizer of numbers that puts a 1 before a text, as Llama's does."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: Any) -> dict[str, Any]:
+        ids = [1] * add_special_tokens + [7 if word == "a" else int(word) for word in text.split()]
+        return {"input_ids": torch.tensor([ids]) if options else ids}
+
+
+def test_every_window_begins_with_the_token_that_the_tokenizer_adds() -> None:
+    drawn = {
+        bos: torch.cat(calibration_samples(WithBos(), "numbers", 3, 16, 0, read=numbers(100), bos=bos))
+        for bos in ("auto", "on", "off")
+    }
+    assert drawn["auto"][:, 0].tolist() == [1, 1, 1]
+    assert torch.equal(drawn["auto"], drawn["on"])
+    body = drawn["auto"][:, 1:]
+    torch.testing.assert_close(body.diff(), torch.ones(3, 14, dtype=torch.int64))
+    assert (drawn["off"][:, 0] == 1).sum() <= 1
+    assert leading_token(WithBos(), "auto") == 1
+    assert leading_token(Numbers(), "auto") is None
+    with pytest.raises(UsageError, match="no BOS token"):
+        leading_token(Numbers(), "on")
+
+
+def test_windows_behind_a_token_hold_the_whole_text() -> None:
+    cut = windows(torch.arange(10, 22), 5, lead=1)
+    assert cut.tolist() == [[1, 10, 11, 12, 13], [1, 14, 15, 16, 17], [1, 18, 19, 20, 21]]
+    assert windows(torch.arange(7), 3).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 # --- Sources ---
@@ -207,3 +239,42 @@ def test_hub_sets_are_joined_as_papers_do(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_text("ptb", train=True) == ["one two"]
     assert read_text("c4", train=False) == ["one two"]
     assert read_text("c4", train=True) == ["one", "two"]  # so many documents that samples draw from them
+
+
+CHATS = {
+    "messages": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Yes?"},
+}
+
+
+class Template:
+    """A tokenizer with a chat template, such as it is."""
+
+    chat_template = "…"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in messages)
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_conversations_are_rendered_by_the_chat_template(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text(json.dumps(CHATS[kind]) + "\n")
+    assert read_text(str(tmp_path / "chat.jsonl"), True, Template()) == ["<user>Hi<assistant>Yes?"]
+    with pytest.raises(UsageError, match="has no chat template"):
+        read_text(str(tmp_path / "chat.jsonl"), True, Numbers())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_with_a_byte_order_mark_is_read(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "A.TXT").write_bytes("Zoë".encode(encoding))
+    assert read_text(str(tmp_path / "A.TXT"), train=True) == ["Zoë"]
+
+
+@pytest.mark.parametrize("name", ["fifo.txt", "fifo.jsonl"])
+def test_what_never_ends_is_refused(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for path in (tmp_path / name, tmp_path / "zero.txt"):
+        with pytest.raises(UsageError, match="not a regular file"):
+            read_text(str(path), train=True)

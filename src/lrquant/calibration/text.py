@@ -1,21 +1,30 @@
-"""Text by name: hub data sets, local files and folders, and the zoo's offline sets; cut into token windows."""
+"""Text by name: hub data sets, local files and folders, and the zoo's offline sets; cut into token windows.
 
+Models are trained on texts that begin with a token of their own (BOS), and some cannot do without it. Where the
+tokenizer adds it, every window begins with it, in calibration and in evaluation alike: `leading_token`.
+"""
+
+import codecs
 import glob
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lrquant.calibration.conversations import KINDS, has_conversations, rendered
 from lrquant.errors import LrquantError, UsageError
 from lrquant.loading.offline import cache_if_unreachable
+from lrquant.runtime.paths import read_regular
 from lrquant.zoo import corpus
 
 ZOO = "zoo:"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+MOST_TEXT = 4 << 30  # bytes of a text file
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,11 @@ def text_name(source: str) -> str:
     return source if source.startswith(ZOO) or source in HUB_TEXTS else Path(source).name
 
 
-def read_text(source: str, train: bool) -> list[str]:
+def read_text(source: str, train: bool, tokenizer: Any = None) -> list[str]:
     """Documents of `source`: a hub name, `zoo:pydoc`, `zoo:pycode`, a text file or a folder of them.
 
-    Named sets have a part for calibration (`train`) and one for evaluation; a file is used whole.
+    Named sets have a part for calibration (`train`) and one for evaluation; a file is used whole. Conversations are
+    rendered by the chat template of `tokenizer`.
 
     Raises:
         UsageError: there is no such source, or it holds no text.
@@ -82,7 +92,7 @@ def read_text(source: str, train: bool) -> list[str]:
     elif source in HUB_TEXTS:
         documents = _read_hub(source, train)
     else:
-        documents = _read_local(Path(source))
+        documents = _read_local(Path(source), tokenizer)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise UsageError(f"{source}: there is no text in it")
@@ -107,29 +117,40 @@ def _read_hub(name: str, train: bool) -> list[str]:
     return list(documents) if name == "c4" and train else [text.separator.join(documents)]
 
 
-def _read_local(path: Path) -> list[str]:
+def _read_local(path: Path, tokenizer: Any) -> list[str]:
     if not path.exists():
         names = ", ".join([*HUB_TEXTS, *(ZOO + name for name in ZOO_TEXTS)])
         raise UsageError(f"{str(path)!r} is neither a data set ({names}) nor an existing file or folder")
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
         if not files:
             raise UsageError(f"{path}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
-        return [document for file in files for document in _read_local(file)]
-    if path.suffix not in TEXT_SUFFIXES:
+        return [document for file in files for document in _read_local(file, tokenizer)]
+    suffix = path.suffix.lower()
+    if suffix not in TEXT_SUFFIXES:
         raise UsageError(f"{path}: text is read from {', '.join(TEXT_SUFFIXES)} files, not {path.suffix or 'this'}")
+    if not path.is_file():
+        raise UsageError(f"{path}: not a regular file; text is read from files")
     try:
-        return [path.read_text(encoding="utf-8")] if path.suffix == ".txt" else _read_table(path)
-    except (OSError, UnicodeDecodeError) as error:
+        return [_decoded(read_regular(path, MOST_TEXT))] if suffix == ".txt" else _read_table(path, tokenizer)
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as text ({error})") from None
 
 
-def _read_table(path: Path) -> list[str]:
-    """The `text` column, or the only column of strings, of a JSON-lines or parquet file."""
+def _decoded(content: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with a byte-order mark."""
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    return content.decode(encoding)
+
+
+def _read_table(path: Path, tokenizer: Any) -> list[str]:
+    """Conversations, the `text` column, or the only column of strings, of a JSON-lines or parquet file."""
     from datasets import Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    kind = "parquet" if path.suffix == ".parquet" else "json"
+    kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
     if path.stat().st_size == 0:
         return []
     try:
@@ -139,38 +160,82 @@ def _read_table(path: Path) -> list[str]:
     texts = (Value("string"), Value("large_string"), Value("string_view"))
     strings = [name for name, kind_of in rows.features.items() if kind_of in texts]
     column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
+    if "text" not in strings and has_conversations(rows.features):
+        return [rendered(row, tokenizer, str(path)) for row in rows]
     if column is None:
-        raise UsageError(f"{path}: needs a column named 'text' (string columns: {', '.join(strings) or 'none'})")
+        raise UsageError(
+            f"{path}: needs a column named 'text', or conversations ({KINDS}); "
+            f"string columns: {', '.join(strings) or 'none'}"
+        )
     return [text for text in rows[column] if text]
 
 
-def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids of one text, (tokens,)."""
-    return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+Bos = Literal["auto", "on", "off"]
+
+
+def leading_token(tokenizer: Any, bos: Bos) -> int | None:
+    """The token that every window begins with: `auto`, the BOS token if the tokenizer adds it to a text by itself.
+
+    `off` is what published numbers were measured with: such a tokenizer then puts it before the first window alone.
+
+    Raises:
+        UsageError: `on`, and there is no such token.
+    """
+    token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if bos == "on" and token is None:
+        raise UsageError("bos 'on': this model's tokenizer has no BOS token")
+    if bos == "off" or token is None:
+        return None
+    adds = tokenizer("a")["input_ids"][:1] == [token] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
+    return token if bos == "on" or adds else None
+
+
+def tokenize(tokenizer: Any, text: str, special: bool = True) -> Tensor:
+    """Token ids of one text, (tokens,); without `special`, none of those that the tokenizer adds."""
+    added = {} if special else {"add_special_tokens": False}
+    return tokenizer(text, return_tensors="pt", verbose=False, **added)["input_ids"][0]
+
+
+def windows(ids: Tensor, seqlen: int, lead: int | None = None) -> Tensor:
+    """`ids` cut into windows that do not overlap, (windows, seqlen), each behind the token `lead` where there is one.
+
+    A last, shorter piece is left out.
+    """
+    step = seqlen - (lead is not None)
+    rows = ids[: len(ids) // step * step].view(-1, step)
+    return rows if lead is None else torch.cat([torch.full_like(rows[:, :1], lead), rows], dim=1)
 
 
 def calibration_samples(
-    tokenizer: Any, source: str, nsamples: int, seqlen: int, seed: int, read: Callable[..., list[str]] = read_text
+    tokenizer: Any,
+    source: str,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    *,
+    read: Callable[..., list[str]] | None = None,
+    bos: Bos = "off",
 ) -> list[Tensor]:
     """`nsamples` windows of `seqlen` tokens, (1, seqlen) each, that do not overlap, drawn by `seed`.
 
     Raises:
         UsageError: the text holds fewer than nsamples × seqlen tokens.
     """
-    documents = read(source, train=True)
+    documents = read(source, train=True) if read else read_text(source, train=True, tokenizer=tokenizer)
+    lead = leading_token(tokenizer, bos)
+    step = seqlen - (lead is not None)
     generator = torch.Generator().manual_seed(seed)
-    needed = nsamples * seqlen
+    needed = nsamples * step
     if len(documents) > 10_000:  # a web-sized set: enough of it, in a seeded order
         documents = _draw_documents(documents, needed * 16, generator)
-    ids = tokenize(tokenizer, "\n\n".join(documents))
+    ids = tokenize(tokenizer, "\n\n".join(documents), special=lead is None)
     if len(ids) < needed:
         raise UsageError(
             f"{source}: {len(ids)} tokens are too few for {nsamples} samples of {seqlen} ({needed}); "
-            f"at most {len(ids) // seqlen} samples fit, or use a shorter seqlen"
+            f"at most {len(ids) // step} samples fit, or use a shorter seqlen"
         )
-    spare = len(ids) % seqlen
-    start = int(torch.randint(spare + 1, (1,), generator=generator))
-    rows = ids[start : start + len(ids) // seqlen * seqlen].view(-1, seqlen)
+    start = int(torch.randint(len(ids) % step + 1, (1,), generator=generator))
+    rows = windows(ids[start:], seqlen, lead)
     return list(rows[torch.randperm(len(rows), generator=generator)[:nsamples]].unsqueeze(1))
 
 
@@ -185,6 +250,7 @@ def _draw_documents(documents: Sequence[str], characters: int, generator: torch.
     return drawn
 
 
-def evaluation_ids(tokenizer: Any, source: str) -> Tensor:
-    """Token ids of the evaluation text, joined, (tokens,)."""
-    return tokenize(tokenizer, "\n\n".join(read_text(source, train=False)))
+def evaluation_ids(tokenizer: Any, source: str, bos: Bos = "off") -> Tensor:
+    """Token ids of the evaluation text, joined, (tokens,); without BOS where windows will begin with it."""
+    text = "\n\n".join(read_text(source, train=False, tokenizer=tokenizer))
+    return tokenize(tokenizer, text, special=leading_token(tokenizer, bos) is None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.calibration.text import windows
 from lrquant.errors import UsageError
 from lrquant.runtime.distributed import ALONE, Ranks
 
@@ -20,6 +21,7 @@ class Perplexity:
     windows: int
     seqlen: int
     window_losses: tuple[float, ...] = field(default=(), repr=False)  # mean negative log-likelihood of each window
+    bos: bool = False  # whether every window began with the BOS token
 
 
 @torch.no_grad()
@@ -31,15 +33,17 @@ def perplexity(
     batch_tokens: int = 4096,
     told: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
+    lead: int | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on `ids` cut into windows of `seqlen`; a last, shorter piece is left out.
 
-    With `limit_windows`, only so many windows from the beginning. Each rank takes its share of them; all get the value.
+    Every window begins with the token `lead`, where one is given; it is not predicted. With `limit_windows`, only so
+    many windows from the beginning. Each rank takes its share of them; all get the value.
 
     Raises:
         UsageError: the text is shorter than one window.
     """
-    rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit_windows]
+    rows = windows(ids, seqlen, lead)[:limit_windows]
     if len(rows) == 0:
         raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
     device = next(model.parameters()).device
@@ -54,4 +58,4 @@ def perplexity(
     if not ranks.alone:
         losses = ranks.in_order(torch.tensor(losses, dtype=torch.float64), len(rows)).tolist()
     mean = sum(losses) / len(losses)
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen, tuple(losses))
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, len(rows), seqlen, tuple(losses), lead is not None)
