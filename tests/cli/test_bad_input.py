@@ -1,6 +1,7 @@
 """Bad input: one clear line, the right exit code, and nothing left behind."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -140,14 +141,38 @@ def raw(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda model: (model / name).write_bytes(content) and None
 
 
-def unfinished(content: str) -> Callable[[Path, Path], list[Any]]:
-    """A run's folder with this in place of its description."""
+def without_tokenizer(model: Path) -> None:
+    for path in model.glob("*token*"):
+        path.unlink()
+
+
+def huge_tokenizer(model: Path) -> None:
+    os.truncate(model / "tokenizer.json", 3 << 30)  # a sparse file
+
+
+def a_fifo(name: str) -> Callable[[Path], None]:
+    def on(model: Path) -> None:
+        (model / name).unlink()
+        os.mkfifo(model / name)
+
+    return on
+
+
+def shards_without_index(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+
+
+def unfinished(content: str | None) -> Callable[[Path, Path], list[Any]]:
+    """A run's folder with this in place of its description; None: a FIFO."""
 
     def case(tiny: Path, tmp: Path) -> list[Any]:
         (tmp / ".out.lrquant").mkdir()
         (tmp / ".out.lrquant" / "lock").write_text("lrquant 1\n")
         (tmp / ".out.lrquant" / "00000.json").write_text("{}")  # a block: the folder is worth keeping
-        (tmp / ".out.lrquant" / "run.json").write_text(content)
+        if content is None:
+            os.mkfifo(tmp / ".out.lrquant" / "run.json")
+        else:
+            (tmp / ".out.lrquant" / "run.json").write_text(content)
         return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
 
     return case
@@ -332,6 +357,23 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         "model.layers.0.mlp.down_proj.weight holds NaN or infinite",
         damaged(rewrite(lambda t: t["model.layers.0.mlp.down_proj.weight"].fill_(torch.inf))),
     ),
+    "no layers": (1, "num_hidden_layers = 0, which no model has", damaged(config(num_hidden_layers=0))),
+    "less than no layers": (1, "num_hidden_layers = -1", damaged(config(num_hidden_layers=-1))),
+    "no vocabulary": (1, "vocab_size = 0", damaged(config(vocab_size=0))),
+    "a negative head": (1, "head_dim = -16", damaged(config(head_dim=-16))),
+    "an unknown activation": (1, "cannot be loaded", damaged(config(hidden_act="gelux"))),
+    "an unknown rotary embedding": (1, "cannot be loaded", damaged(config(rope_parameters={"rope_type": "spiral"}))),
+    "a corrupt generation config": (1, "cannot be loaded", damaged(raw("generation_config.json", b"{"))),
+    "kernels from the hub": (
+        1,
+        "_attn_implementation = 'kernels-community/x' is code from the hub",
+        damaged(config(_attn_implementation="kernels-community/x")),
+    ),
+    "shards without an index": (1, "which says what is in them", damaged(shards_without_index)),
+    "no tokenizer": (1, "has no tokenizer beside its weights", damaged(without_tokenizer)),
+    "a tokenizer of gigabytes": (1, "tokenizer.json: larger than", damaged(huge_tokenizer)),
+    "a tokenizer that never ends": (1, "tokenizer.json: not a regular file", damaged(a_fifo("tokenizer.json"))),
+    "a configuration that never ends": (2, "no config.json", damaged(a_fifo("config.json"))),
     # Recipes.
     "recipe with a bomb": (2, "aliases have no place", recipe_file("a: &a [x]\nb: [*a, *a]\n")),
     "recipe of a thousand levels": (2, "not valid YAML", recipe_file("wbits: " + "[" * 2000 + "]" * 2000)),
@@ -369,6 +411,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "a parquet that is none": (2, "not a readable parquet", calibration_file("a.parquet", b"PAR1 and so on")),
     "a picture for a text": (2, "text is read from", calibration_file("a.png", b"\x89PNG")),
     # Unfinished runs that others left.
+    "a run that never ends": (2, "whose run this is cannot be told", unfinished(None)),
     "a damaged run": (2, "whose run this is cannot be told", unfinished("{")),
     "a run of something else": (2, "damaged (its checksum does not match)", unfinished('{"sha256": "0", "entry": {}}')),
     "adapting what is no checkpoint": (

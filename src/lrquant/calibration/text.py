@@ -196,6 +196,19 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> Tensor:
     return tokenizer(text, return_tensors="pt", verbose=False, **added)["input_ids"][0]
 
 
+def check_vocabulary(ids: Tensor, rows: int) -> None:
+    """Raise unless the embedding, which has so many `rows`, has one for every token of `ids`.
+
+    Raises:
+        UsageError: the tokenizer is another model's.
+    """
+    if ids.numel() and int(ids.max()) >= rows:
+        raise UsageError(
+            f"the tokenizer gives token {int(ids.max())}, and the model's embedding ends at {rows - 1}: "
+            "this is not the model's tokenizer"
+        )
+
+
 def windows(ids: Tensor, seqlen: int, lead: int | None = None) -> Tensor:
     """`ids` cut into windows that do not overlap, (windows, seqlen), each behind the token `lead` where there is one.
 

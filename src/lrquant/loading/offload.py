@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.architectures import family_of
+from lrquant.errors import LrquantError
 from lrquant.loading.auto_class import auto_model
 from lrquant.loading.block_source import BlockSource
-from lrquant.loading.pretrained import fetched_folder, load_config
+from lrquant.loading.pretrained import cannot_load, fetched_folder, load_config
 from lrquant.loading.source_tensors import Source, read_tensor, source_tensors
 from lrquant.loading.validation import weight_files
 from lrquant.runtime import compat
@@ -97,7 +98,12 @@ def open_offloaded(
         return None
     if sum(file.stat().st_size for file in weight_files(folder)) > LARGE:
         keep_large_apart()
-    model = _skeleton(config, folder, dtype, trust_remote_code)
+    try:
+        model = _skeleton(config, folder, dtype, trust_remote_code)
+    except LrquantError:
+        raise
+    except Exception as error:  # a stranger's configuration reaches everything underneath
+        raise cannot_load(name, error) from error
     stages = family_of(model).stages(model, towers)
     source = source_tensors(model, weight_files(folder), name)
     if len(stages) > 1 or source.converted or compat.keeps_parts_in_float32(model, dtype):

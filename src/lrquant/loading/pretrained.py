@@ -10,11 +10,13 @@ import torch
 
 from lrquant.errors import LrquantError, UsageError
 from lrquant.loading.auto_class import Modality, auto_model
+from lrquant.loading.quantized_source import dequantizing
 from lrquant.loading.source_tensors import say_untied
 from lrquant.loading.validation import check_folder
 from lrquant.runtime import distributed
 from lrquant.zoo import ZOO_PREFIX, zoo_model_path
 
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "spiece*", "*.tiktoken", "tekken*", "*tokenization*")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -92,8 +94,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
     path = Path(resolve_model(name))
     if path.is_dir():
-        check_folder(path)
-
+        check_folder(path, trust_remote_code)
     return _from_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
@@ -105,19 +106,25 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.bfloat16
 
 
-def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False, *, original: bool = False) -> Any:
     """The model in `dtype`, on the CPU, in evaluation mode, with the head that its checkpoint has and every weight.
 
+    `original`: in floating point; a source in fp8 and the like is dequantized.
+
     Raises:
+        UsageError: an `original` is quantized so that it cannot be.
         LrquantError: a shard is missing or damaged, or a weight is missing from them.
     """
+    config = load_config(name, trust_remote_code)
+    undone = dequantizing(config, name) if original else None
     model, loading = _from_pretrained(
-        auto_model(load_config(name, trust_remote_code)),
+        auto_model(config),
         name,
         dtype=dtype,
         use_safetensors=True,
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
+        **({} if undone is None else {"quantization_config": undone}),
     )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -137,6 +144,9 @@ def load_processor(name: str, modality: Modality, trust_remote_code: bool = Fals
     import transformers
 
     auto = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "image+text": "AutoProcessor"}[modality]
+    path = Path(resolve_model(name))
+    if modality == "text" and path.is_dir() and not any(any(path.glob(files)) for files in _TOKENIZER_FILES):
+        raise LrquantError(f"{name}: has no tokenizer beside its weights; copy its files from the base model")
     return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)
 
 
@@ -155,16 +165,24 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
             raise UsageError(
                 f"{name!r} is not a local folder, and the hub has no such model or cannot be reached"
             ) from error
-        raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+        raise cannot_load(name, error) from error
     except Exception as error:  # a stranger's files reach everything underneath
         if "trust_remote_code" in str(error):
             ask = "it comes with code of its own; --trust-remote-code runs that code"
             raise LrquantError(f"{name}: cannot be loaded ({ask})") from error
-        raise LrquantError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+        raise cannot_load(name, error) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def cannot_load(name: str, error: BaseException) -> LrquantError:
+    """What a stranger's files made some library raise, as one line of bounded length."""
+    return LrquantError(f"{name}: cannot be loaded ({_first_line(error)})")
+
+
+def _first_line(error: BaseException, most: int = 200) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, KeyError) or not line:
+        line = f"{type(error).__name__} {line}".strip()
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def window(config: Any, seqlen: int | None) -> int:

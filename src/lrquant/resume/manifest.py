@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lrquant.errors import LrquantError
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.runtime.files import write_durably
+from lrquant.runtime.paths import read_regular, reason
 
 MOST_BYTES = 16 << 20
 _HEX = r"^[0-9a-f]{64}$"
@@ -78,9 +79,7 @@ def read_entry(path: Path, kind: type[_Entry]) -> _Entry:
         LrquantError: it is damaged.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES} bytes")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_regular(path, MOST_BYTES, follow=False).decode("utf-8"))
         if not isinstance(values, dict) or values.keys() != {"sha256", "entry"}:
             raise ValueError("not an entry and its checksum")
         if values["sha256"] != _checksum(values["entry"]):
@@ -93,7 +92,7 @@ def read_entry(path: Path, kind: type[_Entry]) -> _Entry:
         where = ".".join(map(str, first["loc"]))
         raise LrquantError(f"{path}: damaged ({where}: {first['msg']})") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise LrquantError(f"{path}: damaged ({str(error).splitlines()[0]})") from error
+        raise LrquantError(f"{path}: damaged ({reason(error)})") from error
 
 
 def _checksum(values: Any) -> str:
