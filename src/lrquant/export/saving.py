@@ -125,7 +125,7 @@ def write_checkpoint(
     config = quantization_config(model, result, recipe.stored_scheme)
     shards = ShardWriter(folder)
     for tensors in groups:
-        shards.add(_as_stored_before(model, tensors))
+        shards.add(as_stored_before(model, tensors))
     sizes = sizes_of(shards.finish())
     write_sums(folder)
     model.config.architectures = [type(model).__name__]
@@ -141,7 +141,7 @@ def write_checkpoint(
     return sizes
 
 
-def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
     from transformers.core_model_loading import revert_weight_conversion
 

@@ -159,7 +159,7 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
         with distributed.apart(), redirect_stderr(io.StringIO()):
             return auto.from_pretrained(path, **options)
     except SafetensorError as error:
-        raise LrquantError(f"{name}: a weight file is damaged ({_first_line(error)}); fetch it again") from error
+        raise LrquantError(f"{name}: a weight file is damaged ({first_line(error)}); fetch it again") from error
     except OSError as error:
         if not Path(path).is_dir():
             raise UsageError(
@@ -175,10 +175,10 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
 
 def cannot_load(name: str, error: BaseException) -> LrquantError:
     """What a stranger's files made some library raise, as one line of bounded length."""
-    return LrquantError(f"{name}: cannot be loaded ({_first_line(error)})")
+    return LrquantError(f"{name}: cannot be loaded ({first_line(error)})")
 
 
-def _first_line(error: BaseException, most: int = 200) -> str:
+def first_line(error: BaseException, most: int = 200) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, KeyError) or not line:
         line = f"{type(error).__name__} {line}".strip()

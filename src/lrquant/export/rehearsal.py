@@ -1,0 +1,92 @@
+"""A result's names, shapes and loading, tried before there is a result, and once it is written.
+
+Every block of the model's skeleton is frozen and packed on the meta device, and the tensors are given to
+`from_pretrained` of the model's own class, as a user will do with the result: what transformers cannot load is known
+before the first block is learned. No weight is read and none computed.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrquant.errors import LrquantError, UsageError
+from lrquant.export.compressed_tensors import block_tensors, outside_tensors, quantization_config
+from lrquant.export.saving import as_stored_before
+from lrquant.export.skeleton import skeleton_of
+from lrquant.loading.pretrained import first_line
+from lrquant.recipe import Recipe
+from lrquant.reconstruction import Reconstruction
+from lrquant.reconstruction.block_parameters import BlockParameters, freeze
+from lrquant.runtime.distributed import apart
+
+
+def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, block_paths: Sequence[str], name: str) -> int:
+    """Raise unless plain transformers will load what `recipe` makes of `model`; returns the result's bytes.
+
+    Modules outside the blocks count as they are; so do biases that a shift would add.
+
+    Raises:
+        UsageError: it will not; with what transformers says.
+    """
+    skeleton, scheme = skeleton_of(model), recipe.stored_scheme
+    result = Reconstruction(recipe, list(block_paths))
+    try:
+        for path in block_paths:
+            fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
+            frozen = freeze(fixed, {})
+            if scheme.has_static_inputs:
+                scale = torch.empty(1, device="meta")
+                frozen = replace(frozen, input_scales=dict.fromkeys(frozen.weights, scale))
+            result.frozen.append(frozen)
+        tensors: dict[str, Tensor] = {}
+        for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
+                      *block_tensors(skeleton, result, scheme, storage_dtype)):  # fmt: skip
+            tensors |= as_stored_before(model, group)
+        config = deepcopy(model.config)
+        config.quantization_config = quantization_config(skeleton, result, scheme)
+        found = _loaded(type(model), None, config=config, state_dict=tensors)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever transformers, compressed-tensors or torch say of it
+        raise UsageError(f"{name}: transformers could not load the result ({first_line(error)})") from error
+    _check(found, name, frozenset(), UsageError)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def check_loads(folder: Path, model_class: Any, carried: frozenset[str] = frozenset()) -> None:
+    """Raise unless plain transformers loads the checkpoint in `folder`; nothing of it is read but headers.
+
+    Raises:
+        LrquantError: it does not; with what transformers says.
+    """
+    try:
+        found = _loaded(model_class, folder)
+    except Exception as error:
+        raise LrquantError(f"{folder.name}: transformers cannot load the result ({first_line(error)})") from error
+    _check(found, folder.name, carried, LrquantError)
+
+
+def _loaded(model_class: Any, folder: Path | None, **given: Any) -> Mapping[str, Any]:
+    """What transformers says of loading onto the meta device: keys that are missing, unexpected or mismatched."""
+    with apart(), redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars cannot be turned off
+        _, found = model_class.from_pretrained(folder, device_map="meta", output_loading_info=True, **given)
+    return found
+
+
+def _check(found: Mapping[str, Any], name: str, carried: frozenset[str], kind: type[LrquantError]) -> None:
+    wrong = {
+        "lacks": set(found["missing_keys"]),
+        "has no place for": set(found["unexpected_keys"]) - carried,
+        "wants another shape of": {str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]},
+    }
+    for says, keys in wrong.items():
+        if keys:
+            raise kind(f"{name}: transformers could not load the result: it {says} {len(keys)} tensors, "
+                       f"among them {min(keys)}")  # fmt: skip
