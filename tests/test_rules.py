@@ -159,7 +159,6 @@ UPWARD: set[tuple[str, str]] = set()
 RESUME_KNOWS_EXPORT = {"resume.journal"}
 MANY_ARGUMENTS = {
     "architectures.vision_encoder.vision_encoder",
-    "export.saving.write_checkpoint",
     "reconstruction.block_optimizer.learn",
     "reconstruction.rounding.solve",
 }

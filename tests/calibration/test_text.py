@@ -193,8 +193,12 @@ def test_unknown_names_list_the_known(source: str, message: str) -> None:
         ("data.csv", b"a,b", r"text is read from \.txt, \.jsonl, \.json, \.parquet files, not \.csv"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "not a readable json file"),
         ("broken.parquet", b"not parquet", "not a readable parquet file"),
-        ("other.jsonl", b'{"a": "x", "b": "y"}', r"needs a column named 'text' \(string columns: a, b\)"),
-        ("numbers.jsonl", b'{"a": 1}', r"needs a column named 'text' \(string columns: none\)"),
+        (
+            "other.jsonl",
+            b'{"a": "x", "b": "y"}',
+            r"needs a column named 'text', or .*; string columns: a, b",
+        ),
+        ("numbers.jsonl", b'{"a": 1}', r"needs a column named 'text', or .*; string columns: none"),
     ],
 )
 def test_files_without_text_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:

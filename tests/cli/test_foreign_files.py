@@ -175,7 +175,7 @@ def test_a_second_control_c_ends_without_a_traceback() -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\nrun(work)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 130
+    assert done.returncode == -signal.SIGINT
     assert done.stderr == ""
 
 

@@ -14,7 +14,7 @@ from lrquant.entrypoints.resolve import resolve
 from lrquant.entrypoints.results import keep_activations_quantized
 from lrquant.errors import UsageError
 from lrquant.export.compressed_tensors import block_tensors, outside_tensors
-from lrquant.export.saving import sizes_in_memory, write_checkpoint
+from lrquant.export.saving import About, sizes_in_memory, write_checkpoint
 from lrquant.loading.auto_class import auto_model, modality_of
 from lrquant.loading.checkpoint import load
 from lrquant.loading.original import Original
@@ -45,7 +45,8 @@ def save(folder: Path, model: Any, result: Reconstruction, recipe: Recipe) -> No
     sizes = sizes_in_memory(model, result, recipe.stored_scheme, torch.float32)
     outside = outside_tensors(model, result, recipe.stored_scheme, torch.float32)
     groups = itertools.chain(outside, block_tensors(model, result, recipe.stored_scheme, torch.float32))
-    write_checkpoint(folder, model, None, result, recipe, torch.float32, "original", groups, lambda written: sizes)
+    about, dtype = About("original"), torch.float32
+    write_checkpoint(folder, model, result, groups=groups, storage_dtype=dtype, about=about, sizes_of=lambda _: sizes)
 
 
 @pytest.mark.parametrize("name", MODELS)

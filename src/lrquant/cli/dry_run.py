@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrquant.cli import console
+from lrquant.cli.results import coverage_rows
 
 if TYPE_CHECKING:
     from lrquant.recipe import Recipe
@@ -32,7 +33,10 @@ def show_estimate(
         ["peak memory", f"{console.megabytes(found.peak_memory_bytes)}{' each process' if ranks > 1 else ''}"],
         ["time", f"{_duration(found.seconds)}, {found.step_seconds:.3f} s a step"],
     ]
+    rows += coverage_rows(found.coverage)
     console.table(f"{recipe.method} {recipe.format_name}, not run", ["", ""], rows)
+    for line in found.notes:
+        console.note(line)
     console.write_json(json, {"model": model, **found.as_dict(), "recipe": recipe.model_dump()})
 
 

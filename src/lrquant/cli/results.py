@@ -8,6 +8,7 @@ from lrquant.cli import console
 if TYPE_CHECKING:
     from lrquant.entrypoints.quantize import Quantized
     from lrquant.evaluation import Perplexity
+    from lrquant.reconstruction.coverage import Coverage
 
 
 def show(
@@ -23,6 +24,7 @@ def show(
         ["saved to", str(quantized.saved_to)],
         ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.ratio:.2f} times smaller than bf16"],
         ["bits per quantized weight", f"{sizes.bits_per_weight:.3f}"],
+        *coverage_rows(quantized.coverage),
         ["time", f"{quantized.seconds:.1f} s"],
         ["peak memory", console.megabytes(quantized.peak_memory_bytes)],
     ]
@@ -33,9 +35,20 @@ def show(
     if page:
         rows.append(["what happened, in pictures", str(page)])
     recipe = quantized.recipe
+    warning = quantized.coverage.warning() if quantized.coverage is not None else None
+    if warning:
+        console.say(warning)
     console.table(f"{recipe.method} {recipe.format_name}", ["", ""], rows)
     for line in quantized.notes:
-        console.note(line)
+        if line != warning:
+            console.note(line)
+
+
+def coverage_rows(coverage: "Coverage | None") -> list[list[str]]:
+    """Which share of a model is quantized, and what is not."""
+    if coverage is None:
+        return []
+    return [["quantized", coverage.summary()], *([f"  {what}", how] for what, how in coverage.rows())]
 
 
 def figures(
@@ -62,6 +75,7 @@ def figures(
         "bf16_bytes": sizes.bf16_bytes,
         "ratio_to_bf16": sizes.ratio,
         "bits_per_weight": sizes.bits_per_weight,
+        "coverage": quantized.coverage.as_dict() if quantized.coverage is not None else None,
         "perplexity": {name: result.value for name, result in measured.items()},
         "original_perplexity": {name: result.value for name, result in (original or {}).items()},
         "adapted_perplexity": {name: result.value for name, result in adapted.items()},

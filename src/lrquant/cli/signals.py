@@ -1,6 +1,5 @@
 """Control-C and SIGTERM: the first ends the work with its line, the second ends the program at once."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from lrquant.errors import Terminated
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within, SIGTERM is raised as `Terminated`; a signal after the first ends the program with its exit code.
+    """Within, SIGTERM is raised as `Terminated`; a signal after the first ends the program as it does by default.
 
     Nothing is lost by that: what an interrupted run keeps is on disk already.
     """
@@ -24,7 +23,8 @@ def handled() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         nonlocal seen
         if seen:
-            os._exit(128 + number)
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         seen = True
         raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
 

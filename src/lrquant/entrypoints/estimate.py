@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.calibration.activation_cache import ActivationStore, Where
-from lrquant.entrypoints.preparation import PreparedRun, check_shared, pick_machine, prepare
+from lrquant.entrypoints.preparation import PreparedRun, check_result, check_shared, pick_machine, prepare
 from lrquant.export.compressed_tensors import buffers_of, needs_whole_weights, pack_block
 from lrquant.export.shards import MOST_BYTES
 from lrquant.loading.pretrained import fetched_folder
@@ -33,6 +33,7 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import MOST_MEASURED
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.callbacks import Callback
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.runtime.distributed import Ranks
@@ -57,9 +58,11 @@ class Estimate:
     peak_memory_bytes: int
     step_seconds: float
     seconds: float
+    coverage: Coverage | None = None  # which share of the model is quantized
+    notes: tuple[str, ...] = ()  # what a user should know before the run
 
     def as_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return vars(self) | {"coverage": self.coverage.as_dict() if self.coverage is not None else None}
 
 
 def estimate(
@@ -80,6 +83,7 @@ def estimate(
     check_shared(recipe, None, Ranks(0, ranks))
     machine = pick_machine(recipe, device, shared=False)
     prepared = prepare(model, recipe, machine, in_memory=False, trust_remote_code=trust_remote_code)
+    check_result(prepared)
     mine = -(-prepared.recipe.nsamples // ranks)
     tried = _tried(prepared, ranks)
     cache = prepared.cache(activations, samples=mine)
@@ -141,6 +145,8 @@ class _Extrapolation:
             peak_memory_bytes=peak_bytes + self._more_memory(checkpoint),
             step_seconds=self.clock.step(0),
             seconds=self._seconds(),
+            coverage=self.prepared.coverage,
+            notes=tuple(self.prepared.notes),
         )
 
     def _parts(self) -> Iterator[tuple[int, float]]:

@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.calibration.samples import TokenIds, samples_of, text_samples
+from lrquant.calibration.text import check_vocabulary
 from lrquant.entrypoints.resolve import resolve
 from lrquant.errors import UsageError
 from lrquant.export.compressed_tensors import check_layout
+from lrquant.export.rehearsal import rehearse
 from lrquant.loading.original import Original, open_original
 from lrquant.loading.pretrained import compute_dtype, pick_device, window
+from lrquant.passes.non_block_modules import chosen_modules
 from lrquant.passes.pipeline import check_passes, needs_blocks, needs_model
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_preparation import check_group_size
+from lrquant.reconstruction.coverage import Coverage, coverage_of
+from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.run import Run
 from lrquant.runtime.distributed import ALONE, Ranks, check_batch, join, local_world
 from lrquant.runtime.execution import Machine
@@ -52,6 +58,17 @@ class PreparedRun:
     @cached_property
     def keeps_blocks(self) -> bool:
         return needs_blocks(self.recipe)
+
+    @cached_property
+    def coverage(self) -> Coverage | None:
+        """Which share of the model is quantized; None: weights are left alone."""
+        return covered(self.original, self.recipe)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before the run, the most important first."""
+        warning = self.coverage.warning() if self.coverage is not None else None
+        return [*([warning] if warning else []), *self.original.notes]
 
     def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:
         """Where this rank's streams wait; `samples`: how many there are, if not all of its share."""
@@ -121,6 +138,7 @@ def prepare(
         original = Original.in_memory(model_or_path, recipe, processor)
     check_format(original, recipe)
     samples = take_samples(original, recipe, given)
+    check_tokens(original, samples)
     resolved = resolve(recipe, original, machine, samples=samples, given=given)
     check_passes(original, resolved)
     return PreparedRun(original, recipe, resolved, samples, machine)
@@ -149,12 +167,55 @@ def take_samples(original: Original, recipe: Recipe, given: TokenIds | None) -> 
     return samples_of(original.modality, original.processor, recipe, window=lambda seqlen: window(config, seqlen))
 
 
+def check_tokens(original: Original, samples: Sequence[dict[str, Any]]) -> None:
+    """Raise unless the model's embedding has a row for every token of `samples`.
+
+    Raises:
+        UsageError: the tokenizer is another model's.
+    """
+    embedding = original.model.get_input_embeddings() if original.modality == "text" else None
+    if isinstance(embedding, nn.Embedding):
+        for sample in samples:
+            check_vocabulary(sample["input_ids"], embedding.num_embeddings)
+
+
 def check_format(original: Original, recipe: Recipe) -> None:
-    """Raise unless a checkpoint can hold the model's blocks in the recipe's format.
+    """Raise unless most of the model's blocks is understood, and a checkpoint can hold it in the recipe's format.
 
     Raises:
         UsageError: it names the module and the remedy.
     """
-    for stage in original.stages:
-        check_group_size(stage.blocks(original.model)[0], recipe.scheme.group_size)
-    check_layout(original.model, [f"{stage.path}.0" for stage in original.stages], recipe.stored_scheme)
+    coverage = covered(original, recipe)
+    if coverage is not None:
+        coverage.check()
+    check_group_size(linears_by_path(original), recipe.scheme.group_size)
+    check_layout(original.model, [place.path for place in original.places], recipe.stored_scheme)
+
+
+def check_result(prepared: PreparedRun) -> None:
+    """Raise unless plain transformers will load what the run is about to make: nothing is computed for that.
+
+    Raises:
+        UsageError: it will not.
+    """
+    original, recipe = prepared.original, prepared.recipe
+    paths = [place.path for place in original.places]
+    rehearse(original.model, recipe, original.storage_dtype, paths=paths, name=original.name)
+
+
+def linears_by_path(original: Original) -> dict[str, nn.Linear]:
+    """Every linear of every block by its full name: what is quantized."""
+    found = {}
+    for place in original.places:
+        block = original.model.get_submodule(place.path)
+        found |= {f"{place.path}.{name}": block.get_submodule(name) for name in linear_names(block)}
+    return found  # type: ignore[return-value]
+
+
+def covered(original: Original, recipe: Recipe) -> Coverage | None:
+    """Which share of the model `recipe` quantizes; None: it leaves weights alone."""
+    if recipe.scheme.weights is None:
+        return None
+    names = [*linears_by_path(original), *chosen_modules(original.model, recipe.also)]
+    quantized = {f"{name}.weight" for name in names}
+    return coverage_of(original.model, [place.path for place in original.places], quantized)

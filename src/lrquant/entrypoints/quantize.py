@@ -13,14 +13,16 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from lrquant.calibration.activation_cache import Where
-from lrquant.entrypoints.preparation import PreparedRun, pick_machine, prepare
+from lrquant.entrypoints.preparation import PreparedRun, check_result, pick_machine, prepare
 from lrquant.entrypoints.reporting import Subject, report_quantized
 from lrquant.entrypoints.results import Quantized, keep_activations_quantized, notes_of
 from lrquant.errors import UsageError
 from lrquant.export import Sizes
 from lrquant.export.compressed_tensors import block_tensors, outside_tensors
-from lrquant.export.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
+from lrquant.export.rehearsal import check_loads
+from lrquant.export.saving import About, measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
 from lrquant.export.shards import tensor_bytes
+from lrquant.loading.auto_class import auto_model
 from lrquant.loading.checkpoint import load
 from lrquant.loading.offload import OffloadedBlocks
 from lrquant.loading.original import Original
@@ -30,6 +32,7 @@ from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_reconstruction import Learn, restore
 from lrquant.reconstruction.callbacks import Callback, Callbacks
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import Journal, SharedJournal
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.result import Reconstruction
@@ -117,12 +120,14 @@ def quantize(
             processor=options.get("tokenizer"),
             trust_remote_code=options.get("trust_remote_code", False),
         )
+        if target is not None:
+            check_result(prepared)
         writing = _Writing(prepared, target, directory)
         writing.claim(model_or_path, options)
         heard = [each for each in (callback, observer) if each is not None and machine.ranks.first]
         result = _carried_out(prepared, writing, callback=Callbacks(*heard), options=options)
         sizes = writing.save(result)
-        notes = notes_of(prepared.original.family, result.recipe, result) + writing.damaged
+        notes = [*prepared.notes, *notes_of(prepared.original.family, result.recipe, result), *writing.damaged]
     name, trust = prepared.original.name, options.get("trust_remote_code", False)
     model, keeps = prepared.original.model, prepared.original.block_source.keeps
     quantized = Quantized(
@@ -136,6 +141,7 @@ def quantize(
         notes,
         target,
         profile.seconds(),
+        prepared.coverage,
     )
     if observer is not None and target is not None:
         report_quantized(quantized, observer, Subject(name, f"lrquant.quantize({name!r}, …)", machine.device))
@@ -222,7 +228,8 @@ class _Writing:
             return sizes_in_memory(original.model, result, result.recipe.stored_scheme, original.storage_dtype)
         written: dict[str, Any] = {}
         if self._directory is not None and self._disk is not None:
-            written = asdict(_saved(self._directory, self._disk, original, result=result))
+            coverage = self._prepared.coverage
+            written = asdict(_saved(self._directory, self._disk, original, result=result, coverage=coverage))
         return Sizes(**json.loads(ranks.text(json.dumps(written))))
 
 
@@ -234,7 +241,14 @@ def check_agreed(identity: dict[str, str], ranks: Ranks) -> None:
         raise UsageError(f"rank {ranks.rank} was not given what the first rank was: {changed}")
 
 
-def _saved(directory: RunDirectory, journal: DiskJournal, original: Original, *, result: Reconstruction) -> Sizes:
+def _saved(
+    directory: RunDirectory,
+    journal: DiskJournal,
+    original: Original,
+    *,
+    result: Reconstruction,
+    coverage: Coverage | None,
+) -> Sizes:
     """Put the checkpoint in its place, unless it is there."""
     model, recipe, storage_dtype = original.model, result.recipe, original.storage_dtype
     weights, bits = journal.quantized_size()
@@ -248,9 +262,11 @@ def _saved(directory: RunDirectory, journal: DiskJournal, original: Original, *,
         outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
         tuned = block_tensors(model, result, recipe.stored_scheme, storage_dtype)
         groups = itertools.chain(outside, tuned if result.frozen else journal.checkpoint_tensors())
+        about = About(original.name, original.processor, original.tensors, coverage)
         write_checkpoint(
-            folder, model, original.processor, result, recipe, storage_dtype, original.name, groups, sizes_of
+            folder, model, result, groups=groups, storage_dtype=storage_dtype, about=about, sizes_of=sizes_of
         )
+        check_loads(folder, auto_model(model.config) if result.needs_lrquant else type(model), original.tensors.carried)
 
     if not directory.is_placed():
         directory.place(write)

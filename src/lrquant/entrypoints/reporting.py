@@ -71,7 +71,7 @@ def report_quantized(
             bits_per_weight=sizes.bits_per_weight,
             metrics=list(metrics),
             compared=list(compared),
-            notes=quantized.notes,
+            notes=[*quantized.notes, *([quantized.coverage.sentence()] if quantized.coverage is not None else [])],
             **_circumstances(observer, subject.device),
         ),
         output=output,

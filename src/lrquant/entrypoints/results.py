@@ -12,6 +12,7 @@ from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_preparation import linear_input_args
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.reconstruction.result import Reconstruction
 
@@ -30,6 +31,7 @@ class Quantized:
     notes: list[str] = field(default_factory=list)
     saved_to: Path | None = None
     profile: dict[str, float] = field(default_factory=dict)  # seconds by part (lrquant.runtime.profile)
+    coverage: Coverage | None = None  # which share of the model is quantized; None: weights are left alone
 
     @cached_property
     def model(self) -> Any:

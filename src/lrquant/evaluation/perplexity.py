@@ -12,6 +12,8 @@ from lrquant.calibration.text import windows
 from lrquant.errors import UsageError
 from lrquant.runtime.distributed import ALONE, Ranks
 
+BATCH_TOKENS = 4096  # that go through the model at once
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -30,7 +32,6 @@ def perplexity(
     ids: Tensor,  # (tokens,)
     seqlen: int,
     limit_windows: int | None = None,
-    batch_tokens: int = 4096,
     told: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
     lead: int | None = None,
@@ -49,7 +50,7 @@ def perplexity(
     device = next(model.parameters()).device
     losses: list[float] = []
     mine = rows[ranks.rank :: ranks.world]
-    for batch in mine.split(max(1, batch_tokens // seqlen)) if len(mine) else ():
+    for batch in mine.split(max(1, BATCH_TOKENS // seqlen)) if len(mine) else ():
         batch = batch.to(device)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (windows, seqlen − 1, vocabulary)
         each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")

@@ -14,21 +14,33 @@ from torch import Tensor, nn
 
 from lrquant._registration import OWN_METHOD
 from lrquant.errors import UsageError
+from lrquant.export.skeleton import fills_weights
 from lrquant.formats import Scheme, format_of
 from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.transforms.online import transform_config
 
 STATIC_SCALES = (".input_global_scale", ".input_scale", *CACHE_SCALES)  # found in calibration
-_FILL_WEIGHTS = (".clip.", ".siglip.")  # parts of transformers whose blocks must have whole weights when they load
+_NEEDS_WHOLE: dict[type[nn.Module], bool] = {}  # by class, tried once (skeleton.fills_weights)
 
 
 def needs_whole_weights(model: nn.Module, path: str) -> bool:
-    """Whether the block at `path` is one that transformers cannot load with packed weights (see formats.storage)."""
-    return any(part in type(model.get_submodule(path)).__module__ for part in _FILL_WEIGHTS)
+    """Whether the block at `path` is one that transformers cannot load with packed weights (see formats.layout).
+
+    A block that stands alone (as `model`, without a path) is known where its class was asked about within a model.
+    """
+    from transformers import PreTrainedModel
+
+    kind = type(model.get_submodule(path))
+    if kind not in _NEEDS_WHOLE:
+        if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+            return False
+        _NEEDS_WHOLE[kind] = fills_weights(model, path, linear_names(model.get_submodule(path)))
+    return _NEEDS_WHOLE[kind]
 
 
 def check_layout(model: nn.Module, paths: Sequence[str], scheme: Scheme) -> None:
@@ -68,6 +80,9 @@ def pack_block(
         if pads_zero_points(own, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
+        elif "weight_zero_point" in packed and packed["weight_zero_point"].shape[0] == 1:
+            # Of few rows; compressed-tensors 0.18 to 0.20 cannot unpack zero points that lie in a single one.
+            packed["weight_zero_point"] = nn.functional.pad(packed["weight_zero_point"], (0, 0, 0, 1))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
     return tensors
 

@@ -9,6 +9,7 @@ import yaml
 
 from lrquant.export.sizes import Sizes
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.result import Reconstruction
 
 _CARD = """---
@@ -23,7 +24,7 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 | format | {format}, {container} |
 | bits per quantized weight, scales included | {bits:.2f}{spread} |
 | size | {megabytes:.1f} MB, {ratio:.2f} times smaller than bf16 |
-| calibration | {nsamples} samples of {calibration}, seed {seed} |
+{coverage}| calibration | {nsamples} samples of {calibration}, seed {seed} |
 
 ## Loading
 
@@ -52,8 +53,24 @@ def _spread(layer_bits: dict[str, int] | None) -> str:
     return "".join(f", {counts[bits]} linears of {bits}" for bits in sorted(counts))
 
 
+def _coverage_rows(coverage: Coverage | None) -> str:
+    """Which share is quantized, and what is not, as rows of the card's table."""
+    if coverage is None:
+        return ""
+    rows = [("quantized", coverage.summary())]
+    rows += [(f"in floating point: {what}", how) for what, how in coverage.rows_of_left()]
+    return "".join(f"| {what} | {how.replace('|', '/').replace('*', chr(92) + '*')} |\n" for what, how in rows)
+
+
 def model_card(
-    base: str, recipe: Recipe, sizes: Sizes, config: dict[str, Any], result: Reconstruction, auto: str
+    base: str,
+    recipe: Recipe,
+    sizes: Sizes,
+    config: dict[str, Any],
+    result: Reconstruction,
+    auto: str,
+    *,
+    coverage: Coverage | None = None,
 ) -> str:
     """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
     own = result.needs_lrquant
@@ -81,6 +98,11 @@ def model_card(
         metadata = {"base_model": base, "base_model_relation": "quantized"} | metadata
     if auto in _TASKS:
         metadata["pipeline_tag"] = _TASKS[auto]
+    if coverage is not None:
+        metadata["lrquant"] = {
+            "quantized_share": round(coverage.share, 4),
+            "floating_point": coverage.reasons_by_name(),
+        }
     metadata |= {
         "quantized_by": "lrquant",
         "quantization": recipe.format_name,
@@ -102,6 +124,7 @@ def model_card(
         spread=_spread(recipe.layer_bits),
         megabytes=sizes.checkpoint_bytes / 1e6,
         ratio=sizes.ratio,
+        coverage=_coverage_rows(coverage),
         nsamples=recipe.nsamples,
         calibration=recipe.calibration,
         seed=recipe.seed,

@@ -6,7 +6,7 @@ before the first block is learned. No weight is read and none computed.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import replace
@@ -22,12 +22,13 @@ from lrquant.export.saving import as_stored_before
 from lrquant.export.skeleton import skeleton_of
 from lrquant.loading.pretrained import first_line
 from lrquant.recipe import Recipe
-from lrquant.reconstruction import Reconstruction
-from lrquant.reconstruction.block_parameters import BlockParameters, freeze
+from lrquant.reconstruction.block_parameters import freeze
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime.distributed import apart
 
 
-def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, block_paths: Sequence[str], name: str) -> int:
+def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str], name: str) -> int:
     """Raise unless plain transformers will load what `recipe` makes of `model`; returns the result's bytes.
 
     Modules outside the blocks count as they are; so do biases that a shift would add.
@@ -36,9 +37,9 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, block_paths
         UsageError: it will not; with what transformers says.
     """
     skeleton, scheme = skeleton_of(model), recipe.stored_scheme
-    result = Reconstruction(recipe, list(block_paths))
+    result = Reconstruction(recipe, list(paths))
     try:
-        for path in block_paths:
+        for path in paths:
             fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
             frozen = freeze(fixed, {})
             if scheme.has_static_inputs:
@@ -56,11 +57,11 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, block_paths
         raise
     except Exception as error:  # whatever transformers, compressed-tensors or torch say of it
         raise UsageError(f"{name}: transformers could not load the result ({first_line(error)})") from error
-    _check(found, name, frozenset(), UsageError)
+    _check(found, name, kind=UsageError)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_loads(folder: Path, model_class: Any, carried: frozenset[str] = frozenset()) -> None:
+def check_loads(folder: Path, model_class: Any, carried: Collection[str] = ()) -> None:
     """Raise unless plain transformers loads the checkpoint in `folder`; nothing of it is read but headers.
 
     Raises:
@@ -70,7 +71,7 @@ def check_loads(folder: Path, model_class: Any, carried: frozenset[str] = frozen
         found = _loaded(model_class, folder)
     except Exception as error:
         raise LrquantError(f"{folder.name}: transformers cannot load the result ({first_line(error)})") from error
-    _check(found, folder.name, carried, LrquantError)
+    _check(found, folder.name, carried)
 
 
 def _loaded(model_class: Any, folder: Path | None, **given: Any) -> Mapping[str, Any]:
@@ -80,10 +81,12 @@ def _loaded(model_class: Any, folder: Path | None, **given: Any) -> Mapping[str,
     return found
 
 
-def _check(found: Mapping[str, Any], name: str, carried: frozenset[str], kind: type[LrquantError]) -> None:
+def _check(
+    found: Mapping[str, Any], name: str, carried: Collection[str] = (), *, kind: type[LrquantError] = LrquantError
+) -> None:
     wrong = {
         "lacks": set(found["missing_keys"]),
-        "has no place for": set(found["unexpected_keys"]) - carried,
+        "has no place for": set(found["unexpected_keys"]).difference(carried),
         "wants another shape of": {str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]},
     }
     for says, keys in wrong.items():

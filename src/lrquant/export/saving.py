@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from lrquant.export.shards import ShardWriter
 from lrquant.export.sizes import Sizes
 from lrquant.formats import Scheme
 from lrquant.loading.auto_class import auto_model
-from lrquant.recipe import RECIPE_FILE, Recipe
+from lrquant.loading.source_tensors import SourceTensors
+from lrquant.recipe import RECIPE_FILE
+from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime import compat
 from lrquant.runtime.files import sync_tree, write_sums
@@ -107,25 +110,38 @@ def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of itself besides its tensors, and what it takes over from its source."""
+
+    base: str  # the model that it was made from
+    processor: Any = None  # its tokenizer, image processor, or both in one
+    source: SourceTensors = field(default_factory=SourceTensors)
+    coverage: Coverage | None = None
+
+
 def write_checkpoint(
     folder: Path,
     model: Any,
-    tokenizer: Any,
     result: Reconstruction,
-    recipe: Recipe,
-    storage_dtype: torch.dtype,
-    base_model: str,
+    *,
     groups: Iterable[dict[str, torch.Tensor]],
+    storage_dtype: torch.dtype,
+    about: About,
     sizes_of: Callable[[int], Sizes],
 ) -> Sizes:
     """Fill `folder` with a checkpoint in compressed-tensors' format. `groups` yields its tensors a few at a time.
 
     `sizes_of` is told how many bytes the tensors took.
     """
+    recipe = result.recipe
     config = quantization_config(model, result, recipe.stored_scheme)
+    config["ignore"] = [*config["ignore"], *dict.fromkeys(name.rpartition(".")[0] for name in about.source.carried)]
     shards = ShardWriter(folder)
     for tensors in groups:
         shards.add(as_stored_before(model, tensors))
+    for tensors in about.source.read_carried():
+        shards.add(tensors)
     sizes = sizes_of(shards.finish())
     write_sums(folder)
     model.config.architectures = [type(model).__name__]
@@ -133,10 +149,11 @@ def write_checkpoint(
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     _finish_config(folder / "config.json", config, storage_dtype)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if about.processor is not None:
+        about.processor.save_pretrained(folder)
     recipe.to_yaml(folder / RECIPE_FILE)
-    card = model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+    auto = auto_model(model.config).__name__
+    card = model_card(about.base, recipe, sizes, config, result, auto, coverage=about.coverage)
     (folder / "README.md").write_text(card)
     return sizes
 

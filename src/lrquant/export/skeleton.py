@@ -29,8 +29,7 @@ def fills_weights(model: nn.Module, path: str, linears: tuple[str, ...]) -> bool
     """
     block = skeleton_of(model.get_submodule(path))
     for name in linears:
-        linear = block.get_submodule(name)
-        del linear._parameters["weight"]
+        del block.get_submodule(name).weight
     owner = _owner(model, path)
     for module in block.modules():
         try:

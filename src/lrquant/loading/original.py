@@ -1,7 +1,7 @@
 """The full-precision model that a run begins with: opened once, and looked at for what does not depend on samples."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from lrquant.formats.layout import checkpoint_dtype
 from lrquant.loading.auto_class import Modality, modality_of
 from lrquant.loading.block_source import BlockSource
 from lrquant.loading.offload import open_offloaded
-from lrquant.loading.pretrained import load_model, load_processor, stored_dtype
+from lrquant.loading.pretrained import fetched_folder, load_config, load_model, load_processor, stored_dtype
+from lrquant.loading.quantized_source import dequantizing, quantization_of, source_note
+from lrquant.loading.source_tensors import SourceTensors, source_tensors
+from lrquant.loading.validation import weight_files
 from lrquant.recipe import Recipe
 
 
@@ -43,6 +46,8 @@ class Original:
     storage_dtype: torch.dtype  # of what a checkpoint of it holds in floating point
     block_source: BlockSource
     processor: Any = None  # its tokenizer, image processor, or both in one
+    tensors: SourceTensors = field(default_factory=SourceTensors)  # what its files hold
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @cached_property
     def places(self) -> Sequence[BlockPlace]:
@@ -93,15 +98,20 @@ def open_original(
         UsageError, LrquantError: it cannot be loaded, is quantized already, or lacks one of the recipe's towers.
     """
     name = str(name)
+    config = load_config(name, trust_remote_code)
+    dequantizing(config, name)  # refuses what cannot be, before anything is read
     offloaded = open_offloaded(name, dtype, recipe.towers, trust_remote_code) if offload else None
-    model = offloaded[0] if offloaded is not None else load_model(name, dtype, trust_remote_code)
-    _refuse_quantized(model, name)
+    model = offloaded[0] if offloaded is not None else load_model(name, dtype, trust_remote_code, original=True)
+    folder = fetched_folder(name) if quantization_of(config) is None else None
+    tensors = source_tensors(model, weight_files(folder), name) if folder is not None else SourceTensors()
+    said = source_note(config)
+    notes = (*([said] if said else []), *tensors.notes())
     family = family_of(model)
     stages = family.stages(model, recipe.towers)
     processor = processor or load_processor(name, modality_of(model), trust_remote_code)
     storage_dtype = checkpoint_dtype(recipe.scheme, stored_dtype(name, trust_remote_code))
     block_source = offloaded[1] if offloaded is not None else BlockSource(model, keeps)
-    return Original(name, model, family, stages, storage_dtype, block_source, processor)
+    return Original(name, model, family, stages, storage_dtype, block_source, processor, tensors, notes)
 
 
 def _refuse_quantized(model: Any, name: str) -> None:

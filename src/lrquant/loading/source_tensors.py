@@ -31,7 +31,7 @@ _FLOATING = ("F", "BF")  # how safetensors' names of floating-point types begin
 class SourceTensors:
     """Where each of a model's tensors is, and what its files hold besides."""
 
-    found: Mapping[str, Source]  # without those that are `converted`
+    found: Mapping[str, Source] = field(default_factory=dict)  # without those that are `converted`
     converted: bool = False  # whether transformers merges or splits some
     carried: Mapping[str, Source] = field(default_factory=dict)
     unread: tuple[str, ...] = ()

@@ -103,7 +103,7 @@ def check_modules(original: Original, recipe: Recipe) -> None:
     """
     for name, module in chosen_modules(original.model, recipe.also).items():
         if isinstance(module, nn.Linear):
-            check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
+            check_group_size({name: module}, recipe.scheme.group_size)
 
 
 def _carry_out(run: Run) -> None:

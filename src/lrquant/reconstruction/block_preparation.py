@@ -1,6 +1,6 @@
 """What a recipe makes of a block before anything is learned: its transformations, shifts and activation formats."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -51,15 +51,22 @@ def choose_shifts(
     return tuple(shifted), tuple(slots)
 
 
-def check_group_size(block: nn.Module, group_size: int | None) -> None:
-    for name, module in block.named_modules():
-        if group_size and isinstance(module, nn.Linear) and module.in_features % group_size:
-            widths = [part.in_features for part in block.modules() if isinstance(part, nn.Linear)]
-            divisors = [size for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
-            raise UsageError(
-                f"group size {group_size} does not divide the {module.in_features} input channels of {name}; "
-                f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave it out'}"
-            )
+def check_group_size(linears: Mapping[str, nn.Linear], group_size: int | None) -> None:
+    """Raise unless `group_size` divides the input channels of every one of `linears`, which are called by full name.
+
+    Raises:
+        UsageError: it names the first that it does not divide, and sizes that divide all.
+    """
+    if not group_size:
+        return
+    odd = next((name for name, linear in linears.items() if linear.in_features % group_size), None)
+    if odd is not None:
+        widths = {linear.in_features for linear in linears.values()}
+        divisors = [size for size in (8, 16, 32, 64, 128, 256) if all(width % size == 0 for width in widths)]
+        raise UsageError(
+            f"group size {group_size} does not divide the {linears[odd].in_features} input channels of {odd}; "
+            f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave it out'}"
+        )
 
 
 def check_finite(block: nn.Module, path: str) -> None:

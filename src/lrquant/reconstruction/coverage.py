@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lrquant.errors import UsageError
 
@@ -93,7 +93,7 @@ class Coverage:
         if self.missed_share > 0.5:
             raise UsageError(
                 f"only {self.block_share:.1%} of the blocks' parameters can be quantized: {self._missed_names()}; "
-                f"name them with --ignore to leave them in floating point"
+                "lrquant does not know how to quantize this model"
             )
 
     def warning(self) -> str | None:
@@ -112,15 +112,26 @@ class Coverage:
             f"{self.block_share:.1%} of its blocks'"
         )
 
+    def sentence(self) -> str:
+        """All of it in one line."""
+        left = "; ".join(f"{what} ({how})" for what, how in self.rows_of_left())
+        return f"{self.summary()}. In floating point: {left}."
+
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much of it) for people: kinds of blocks, then what stays in floating point."""
         kinds = [
             (f"{kind.name} {_ranges(kind.blocks)}", f"{kind.share:.1%} of {_count(kind.parameters)}")
             for kind in self.kinds
         ]
-        return (kinds if len(kinds) > 1 else []) + [
-            (reason, f"{_count(count)}: {_some(names)}") for reason, (count, names) in self.reasons().items()
-        ]
+        return (kinds if len(kinds) > 1 else []) + self.rows_of_left()
+
+    def rows_of_left(self) -> list[tuple[str, str]]:
+        """(why, how many parameters of which modules) stay in floating point, for people."""
+        return [(reason, f"{_count(count)}: {_some(names)}") for reason, (count, names) in self.reasons().items()]
+
+    def reasons_by_name(self) -> dict[str, str]:
+        """Why parameters stay in floating point → modules, for programs."""
+        return {reason: ", ".join(names) for reason, (_, names) in self.reasons().items()}
 
     def reasons(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         """Why parameters stay in floating point → (how many, modules), the most frequent reason first."""
@@ -145,6 +156,7 @@ def coverage_of(
     model: Any,
     block_paths: Sequence[str],
     quantized: Collection[str],  # parameters by full name
+    *,
     ignored: Callable[[str], bool] = lambda module: False,
 ) -> Coverage:
     """What is quantized of `model` when the parameters `quantized` are. `ignored` knows modules the user left out."""
@@ -168,7 +180,7 @@ def coverage_of(
             continue
         module = name.rpartition(".")[0]
         inside = block_of(name)
-        reason = IGNORED if ignored(module) else _reason(model, module, name, parameter, inside)
+        reason = IGNORED if ignored(module) else _reason(model, name, inside=inside)
         names, count = left.get((reason, inside), ({}, 0))
         names[re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", module or name)] = None
         left[reason, inside] = (names, count + parameter.numel())
@@ -190,10 +202,11 @@ def _block_of(block_paths: Sequence[str]) -> Callable[[str], bool]:
     return inside
 
 
-def _reason(model: Any, path: str, name: str, parameter: Tensor, inside: bool) -> str:
+def _reason(model: Any, name: str, *, inside: bool) -> str:
     """Why a parameter is not quantized, from what its module is and what stands beside it."""
-    module = model.get_submodule(path)
-    kind, own = type(module).__name__, name.rpartition(".")[2]
+    path, _, own = name.rpartition(".")
+    module, parameter = model.get_submodule(path), model.get_parameter(name)
+    kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding"
     if not inside and module is _head(model):

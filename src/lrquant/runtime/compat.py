@@ -91,6 +91,8 @@ def remember_conversions(model: Any, conversions: list[Any]) -> None:
 def rust_tokenizer(trained: Any) -> Any:
     """What transformers wraps of a tokenizer that the package `tokenizers` has trained (tokenizers 0.20 to 0.22)."""
     return trained._tokenizer
+
+
 def initialize(model: Any, module: Any) -> None:
     """Have `model`'s class initialize one module, as it does with every module once it has loaded (transformers 5)."""
     model._init_weights(module)
