@@ -313,12 +313,19 @@ def _shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases, a few of which can stand for more data than fits into memory."""
+    """Safe YAML without aliases, a few of which can stand for more data than fits into memory; no key comes twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases have no place in a recipe")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {_shown(twice)} stands there twice")
+        return super().construct_mapping(node, deep)
 
 
 _NO_LEARNING: dict[str, Any] = {"lwc": False, "epochs": 0, "smooth_attention": False, "smooth_mlp": False}

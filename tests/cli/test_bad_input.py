@@ -352,6 +352,11 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         "cannot be loaded",
         damaged(rewrite(lambda t: t.update({"model.norm.weight": torch.ones(3)}))),
     ),
+    "a block of zeros": (
+        1,
+        "model.layers.1: every weight is zero",
+        damaged(rewrite(lambda t: [v.zero_() for n, v in t.items() if n.startswith("model.layers.1.")] and None)),
+    ),
     "infinite weight": (
         1,
         "model.layers.0.mlp.down_proj.weight holds NaN or infinite",
@@ -376,6 +381,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "a configuration that never ends": (2, "no config.json", damaged(a_fifo("config.json"))),
     # Recipes.
     "recipe with a bomb": (2, "aliases have no place", recipe_file("a: &a [x]\nb: [*a, *a]\n")),
+    "recipe with a key twice": (2, "the key 'wbits' stands there twice", recipe_file("wbits: 4\nwbits: 8\n")),
     "recipe of a thousand levels": (2, "not valid YAML", recipe_file("wbits: " + "[" * 2000 + "]" * 2000)),
     "recipe of megabytes": (2, "this is no recipe", recipe_file("# " + "x" * 2_000_000)),
     "recipe that is a folder": (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import lrquant as lrquant_package
 from lrquant.resume.run_directory import run_folder
@@ -195,3 +196,26 @@ def test_surroundings_that_are_gone(tmp_path: Path) -> None:
     assert done["gone"].stderr.strip() == "Error: the working folder was deleted; change to one that exists"
     assert "Traceback" not in done["closed"].stderr
     assert done["closed"].returncode in (0, 1)
+
+
+def test_no_absolute_path_leaves_the_machine(tiny: Path, tmp_path: Path) -> None:
+    """Cards, recipes and reports are published; where a model or a text lay on this machine is nobody's business."""
+    (tmp_path / "secret-folder").mkdir()
+    text = tmp_path / "secret-folder" / "text.txt"
+    text.write_text(" ".join(map(str, range(900))))
+    options = ["--calib", text, "--nsamples", 2, "--seqlen", 32, "--method", "rtn"]
+    done = lrquant("quantize", tiny, *options, "--save-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "out").rglob("*"):
+        if path.suffix in (".md", ".yaml", ".json", ".html"):
+            assert str(tmp_path) not in path.read_text(), path
+            assert str(tiny) not in path.read_text(), path
+    assert "calibration: text.txt" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_a_float32_model_is_compared_with_itself(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "tiny", dtype=torch.float32)
+    done = lrquant(*quantize(tiny, tmp_path / "out"))
+    ratio = float(done.stdout.partition(" times smaller than float32")[0].rpartition(" ")[2])
+    before = (tiny / "model.safetensors").stat().st_size
+    assert ratio == pytest.approx(before / (tmp_path / "out" / "model.safetensors").stat().st_size, rel=0.05)

@@ -188,3 +188,19 @@ def test_the_share_is_everywhere(tmp_path: Path) -> None:
         ).coverage
         is None
     )
+
+
+def test_a_matrix_of_zeros_is_said(tmp_path: Path) -> None:
+    tiny = write_tiny(tmp_path / "tiny")
+    tensors, name = load_file(tiny / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: torch.zeros_like(tensors[name])}, tiny / "model.safetensors", {"format": "pt"})
+    quantized = lrquant.quantize(str(tiny), Recipe.preset("rtn"), calibration=IDS, save_dir=tmp_path / "out")
+    assert f"Zero throughout in the source, and so in the result: {name}." in quantized.notes
+
+
+def test_norms_without_weights_are_learned_with(tmp_path: Path) -> None:
+    """OLMo's first generation."""
+    tiny = write_tiny(tmp_path / "tiny", "olmo", tie_word_embeddings=False)
+    recipe = Recipe.preset("lrquant", wbits=4, abits=16, epochs=1, batch_size=2)
+    lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,5 +1,6 @@
 """The `lrquant` program: its commands, and the one place where errors become a line and an exit code."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -68,6 +69,7 @@ def run(program: Callable[[], object]) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("COMPRESSED_TENSORS_LOG_LEVEL", "ERROR")
+    logging.getLogger("lrquant.architectures").setLevel(logging.ERROR)  # a result's notes say it, once
     try:
         with handled():
             _check_surroundings()

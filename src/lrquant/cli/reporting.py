@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrquant.cli import console
+from lrquant.runtime.paths import public_name
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,9 @@ DEMO_REPORT = "lrquant-demo-report.html"
 
 
 def command_line() -> str:
-    """What was typed."""
-    return shlex.join(["lrquant", *sys.argv[1:]])
+    """What was typed, without absolute paths: a report may be published."""
+    parted = [argument.rpartition("=") for argument in sys.argv[1:]]
+    return shlex.join(["lrquant", *(f"{option}{equals}{public_name(value)}" for option, equals, value in parted)])
 
 
 def metrics_of(

@@ -22,7 +22,7 @@ def show(
     sizes = quantized.sizes
     rows = [
         ["saved to", str(quantized.saved_to)],
-        ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.ratio:.2f} times smaller than bf16"],
+        ["size", f"{console.megabytes(sizes.checkpoint_bytes)}, {sizes.compared}"],
         ["bits per quantized weight", f"{sizes.bits_per_weight:.3f}"],
         *coverage_rows(quantized.coverage),
         ["time", f"{quantized.seconds:.1f} s"],
@@ -73,7 +73,8 @@ def figures(
         "peak_memory_bytes": quantized.peak_memory_bytes,
         "checkpoint_bytes": sizes.checkpoint_bytes,
         "bf16_bytes": sizes.bf16_bytes,
-        "ratio_to_bf16": sizes.ratio,
+        "ratio_to_bf16": sizes.bf16_bytes / sizes.checkpoint_bytes,
+        "ratio_to_original": sizes.ratio,
         "bits_per_weight": sizes.bits_per_weight,
         "coverage": quantized.coverage.as_dict() if quantized.coverage is not None else None,
         "perplexity": {name: result.value for name, result in measured.items()},

@@ -44,6 +44,7 @@ from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.report.run import FOLDER, PAGE
 from lrquant.runtime.files import write_sums
+from lrquant.runtime.paths import public_name
 
 ADAPTATION_FILE = "adaptation.yaml"
 MOST_SAMPLES = 128
@@ -193,11 +194,11 @@ def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: 
         ).items()
     }
     facts = {
-        "quantized": str(source),
-        "reference": original.name,
+        "quantized": public_name(str(source)),
+        "reference": public_name(original.name),
         "blocks": list(adapted.blocks),
         "replaced": better,
-        "recipe": result.recipe.model_dump(),
+        "recipe": result.recipe.model_dump() | {"calibration": public_name(result.recipe.calibration)},
     }
     with whole_directory(adapted.saved_to) as folder:
         copy_with_replacements(source, folder, tensors)
@@ -293,11 +294,11 @@ def _extend_card(card: Path, recipe: Recipe, chosen: Sequence[int], *, reference
         plural=plural,
         were=were,
         blocks=", ".join(map(str, chosen)),
-        data=recipe.calibration,
+        data=public_name(recipe.calibration),
         nsamples=recipe.nsamples,
         seqlen=recipe.seqlen,
         epochs=recipe.epochs,
-        reference=reference,
+        reference=public_name(reference),
         file=ADAPTATION_FILE,
     )
     card.write_text((card.read_text() if card.is_file() else "") + text)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrquant.architectures import Family
 from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.calibration.samples import TokenIds, samples_of, text_samples
 from lrquant.calibration.text import check_vocabulary
@@ -67,8 +68,12 @@ class PreparedRun:
     @property
     def notes(self) -> list[str]:
         """What a user should know before the run, the most important first."""
-        warning = self.coverage.warning() if self.coverage is not None else None
-        return [*([warning] if warning else []), *self.original.notes]
+        family, notes = self.original.family, []
+        if self.coverage is not None and (warning := self.coverage.warning()):
+            notes.append(warning)
+        if isinstance(family, Family) and not family.known:
+            notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
+        return [*notes, *self.original.notes]
 
     def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:
         """Where this rank's streams wait; `samples`: how many there are, if not all of its share."""

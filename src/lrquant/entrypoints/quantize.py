@@ -42,6 +42,7 @@ from lrquant.resume.journal import DiskJournal
 from lrquant.resume.run_directory import RunDirectory, run_directory, run_folder
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
+from lrquant.runtime.paths import public_name
 from lrquant.runtime.profile import profiling, timed
 from lrquant.transforms.statistics import ChannelStatistics
 
@@ -127,7 +128,7 @@ def quantize(
         heard = [each for each in (callback, observer) if each is not None and machine.ranks.first]
         result = _carried_out(prepared, writing, callback=Callbacks(*heard), options=options)
         sizes = writing.save(result)
-        notes = [*prepared.notes, *notes_of(prepared.original.family, result.recipe, result), *writing.damaged]
+        notes = [*prepared.notes, *notes_of(result.recipe, result), *writing.damaged]
     name, trust = prepared.original.name, options.get("trust_remote_code", False)
     model, keeps = prepared.original.model, prepared.original.block_source.keeps
     quantized = Quantized(
@@ -256,13 +257,14 @@ def _saved(
     read = original.block_source.read if isinstance(original.block_source, OffloadedBlocks) else None
 
     def sizes_of(checkpoint_bytes: int) -> Sizes:
-        return measure_sizes(model, checkpoint_bytes, weights + more[0], bits + more[1], result.rotated.untied)
+        spent, untied = (weights + more[0], bits + more[1]), result.rotated.untied
+        return measure_sizes(model, checkpoint_bytes, *spent, untied, dtype=storage_dtype)
 
     def write(folder: Path) -> None:
         outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
         tuned = block_tensors(model, result, recipe.stored_scheme, storage_dtype)
         groups = itertools.chain(outside, tuned if result.frozen else journal.checkpoint_tensors())
-        about = About(original.name, original.processor, original.tensors, coverage)
+        about = About(public_name(original.name), original.processor, original.tensors, coverage)
         write_checkpoint(
             folder, model, result, groups=groups, storage_dtype=storage_dtype, about=about, sizes_of=sizes_of
         )

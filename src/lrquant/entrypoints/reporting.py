@@ -13,6 +13,7 @@ from lrquant.entrypoints.results import Adapted, Quantized
 from lrquant.evaluation import Perplexity
 from lrquant.report.observer import Observer
 from lrquant.report.run import Compared, Metric, Run, save_run
+from lrquant.runtime.paths import public_name
 from lrquant.runtime.profile import timed
 
 
@@ -58,16 +59,16 @@ def report_quantized(
         observer,
         Run(
             kind="demo" if compared else "quantize",
-            model=subject.model,
+            model=public_name(subject.model),
             method=recipe.method,
             format=recipe.format_name,
             command=subject.command,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json") | {"calibration": public_name(recipe.calibration)},
             seconds=quantized.seconds,
             peak_memory_bytes=quantized.peak_memory_bytes,
             profile=quantized.profile,
             checkpoint_bytes=sizes.checkpoint_bytes,
-            original_bytes=sizes.bf16_bytes,
+            original_bytes=sizes.original_bytes,
             bits_per_weight=sizes.bits_per_weight,
             metrics=list(metrics),
             compared=list(compared),
@@ -86,12 +87,12 @@ def report_adapted(adapted: Adapted, observer: Observer, subject: Subject, *, me
         observer,
         Run(
             kind="adapt",
-            model=subject.model,
-            reference=subject.reference,
+            model=public_name(subject.model),
+            reference=subject.reference and public_name(subject.reference),
             method=recipe.method,
             format=recipe.format_name,
             command=subject.command,
-            recipe=recipe.model_dump(mode="json"),
+            recipe=recipe.model_dump(mode="json") | {"calibration": public_name(recipe.calibration)},
             seconds=adapted.seconds,
             metrics=list(metrics),
             notes=[f"Adapted blocks: {', '.join(map(str, adapted.blocks))}; every other block is the checkpoint's."],

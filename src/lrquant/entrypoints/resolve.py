@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lrquant.calibration.capture import tokens_of
 from lrquant.calibration.samples import TokenIds
@@ -83,5 +84,11 @@ def values_of_all_steps(recipe: Recipe, original: Original, *, samples: Sequence
     tokens = tokens_of(original.model, original.stages[0].blocks(original.model), samples[0])
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
     steps = recipe.epochs * -(-len(samples) // recipe.batch_size)
-    width = sum(max(vector.numel() for vector in block.parameters() if vector.ndim == 1) for block in blocks)
+    width = sum(_width(block) for block in blocks)
     return float(steps * (weights + ACTIVATIONS_PER_TOKEN * width * tokens * recipe.batch_size))
+
+
+def _width(block: nn.Module) -> int:
+    """The longest vector of `block`, or the widest row where it has none (OLMo's norms lack weights)."""
+    vectors = [tensor.numel() for tensor in block.parameters() if tensor.ndim == 1]
+    return max(vectors or [tensor.shape[-1] for tensor in block.parameters()])

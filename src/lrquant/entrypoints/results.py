@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrquant.architectures import Family, MultimodalFamily
 from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
 from lrquant.recipe import Recipe
@@ -69,11 +68,9 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
         install(schemes, (), None)
 
 
-def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruction) -> list[str]:
+def notes_of(recipe: Recipe, result: Reconstruction) -> list[str]:
     """What a user should know of this result besides its numbers."""
     notes = []
-    if isinstance(family, Family) and not family.known:
-        notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
     if recipe.scheme.kv_cache:
@@ -106,6 +103,8 @@ def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstr
         )
     elif recipe.tuning_epochs:
         notes.append("The model answers without logits: it was not tuned as a whole.")
+    if result.zero:
+        notes.append(f"Zero throughout in the source, and so in the result: {', '.join(result.zero)}.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(

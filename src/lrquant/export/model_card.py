@@ -23,7 +23,7 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 |---|---|
 | format | {format}, {container} |
 | bits per quantized weight, scales included | {bits:.2f}{spread} |
-| size | {megabytes:.1f} MB, {ratio:.2f} times smaller than bf16 |
+| size | {megabytes:.1f} MB, {compared} |
 {coverage}| calibration | {nsamples} samples of {calibration}, seed {seed} |
 
 ## Loading
@@ -123,7 +123,7 @@ def model_card(
         bits=sizes.bits_per_weight,
         spread=_spread(recipe.layer_bits),
         megabytes=sizes.checkpoint_bytes / 1e6,
-        ratio=sizes.ratio,
+        compared=sizes.compared,
         coverage=_coverage_rows(coverage),
         nsamples=recipe.nsamples,
         calibration=recipe.calibration,

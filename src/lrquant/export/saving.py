@@ -33,7 +33,7 @@ from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime import compat
 from lrquant.runtime.files import sync_tree, write_sums
-from lrquant.runtime.paths import permit
+from lrquant.runtime.paths import permit, public_name
 
 
 def check_save_dir(save_dir: str | Path) -> Path:
@@ -76,13 +76,16 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def measure_sizes(model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0) -> Sizes:
+def measure_sizes(
+    model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0, *, dtype: torch.dtype
+) -> Sizes:
     """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`.
 
-    `untied` parameters are not in the original, where they are tied to others.
+    `untied` parameters are not in the original, where they are tied to others; `dtype` is the original's.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters()) - untied
-    return Sizes(checkpoint_bytes, 2 * parameters, bits / weights if weights else 16.0)
+    spent = bits / weights if weights else 8.0 * dtype.itemsize
+    return Sizes(checkpoint_bytes, 2 * parameters, spent, dtype.itemsize)
 
 
 def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype) -> Sizes:
@@ -96,7 +99,7 @@ def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, st
         within = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
         more = quantized_size(frozen.weights, within)
         weights, bits = weights + more[0], bits + more[1]
-    return measure_sizes(model, total, weights, bits, result.rotated.untied)
+    return measure_sizes(model, total, weights, bits, result.rotated.untied, dtype=storage_dtype)
 
 
 def quantized_outside(
@@ -151,6 +154,7 @@ def write_checkpoint(
     _finish_config(folder / "config.json", config, storage_dtype)
     if about.processor is not None:
         about.processor.save_pretrained(folder)
+    recipe = recipe.changed(calibration=public_name(recipe.calibration))
     recipe.to_yaml(folder / RECIPE_FILE)
     auto = auto_model(model.config).__name__
     card = model_card(about.base, recipe, sizes, config, result, auto, coverage=about.coverage)

@@ -33,7 +33,7 @@ from lrquant.passes.definition import Pass
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
 from lrquant.reconstruction.block_parameters import sharing_inputs
-from lrquant.reconstruction.block_preparation import check_finite
+from lrquant.reconstruction.block_preparation import check_values
 from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.run import Run
 
@@ -74,7 +74,7 @@ def measured_units(run: Run) -> list[Unit]:
             run.block_source.take(place.path)  # one block shows what blocks return
             inputs = capture(run.model, place.stage.blocks(run.model), run.samples[:MOST_SAMPLES])
         with held(run.block_source, place.path, machine.device) as block:
-            check_finite(block, place.path)
+            check_values(block, place.path)
             forward = BlockForward(block, place.within, inputs, machine.device, 1)
             before = list(inputs.hidden)
             first = sharing_inputs(forward.advance_full_precision(inputs.hidden)[0])

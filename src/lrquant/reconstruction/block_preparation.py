@@ -69,10 +69,22 @@ def check_group_size(linears: Mapping[str, nn.Linear], group_size: int | None) -
         )
 
 
-def check_finite(block: nn.Module, path: str) -> None:
+def check_values(block: nn.Module, path: str) -> list[str]:
+    """Raise where `block` holds what no trained block holds; returns its matrices that are zero throughout.
+
+    Raises:
+        LrquantError: NaN or infinite values, or nothing but zeros in every matrix.
+    """
+    matrices, zero = 0, []
     for name, parameter in block.named_parameters():
         if not torch.isfinite(parameter).all():
             raise LrquantError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged")
+        if parameter.ndim > 1:
+            matrices += 1
+            zero += [] if parameter.any() else [f"{path}.{name}"]
+    if matrices and len(zero) == matrices:
+        raise LrquantError(f"{path}: every weight is zero; the checkpoint is damaged")
+    return zero
 
 
 def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> None:

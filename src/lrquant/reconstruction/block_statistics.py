@@ -10,7 +10,7 @@ from lrquant.architectures import Family, MultimodalFamily
 from lrquant.calibration.capture import capture
 from lrquant.loading.block_source import BlockSource, held
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_preparation import check_finite
+from lrquant.reconstruction.block_preparation import check_values
 from lrquant.transforms.statistics import ChannelStatistics
 
 
@@ -23,7 +23,7 @@ def gather_statistics(
         blocks = stage.blocks(model)
         inputs = capture(model, blocks, samples)
         for index, block in enumerate(blocks):
-            check_finite(block, f"{stage.path}.{index}")
+            check_values(block, f"{stage.path}.{index}")
             with held(BlockSource(model), f"{stage.path}.{index}", device):
                 statistics, _ = BlockForward(block, index, inputs, device, 1).advance_full_precision(inputs.hidden)
             result.append({name: value.to(torch.device("cpu")) for name, value in statistics.items()})

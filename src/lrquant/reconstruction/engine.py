@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrquant.formats.activation_quant import quantized_activations, set_static_scale
 from lrquant.loading.block_source import held
 from lrquant.loading.original import BlockPlace
-from lrquant.reconstruction.block_preparation import check_finite
+from lrquant.reconstruction.block_preparation import check_values
 from lrquant.reconstruction.block_reconstruction import Learn, restore
 from lrquant.reconstruction.journal import FinishedBlock
 from lrquant.reconstruction.run import BlockOutcome, BlockTask, Run
@@ -44,7 +44,7 @@ def reconstruct_blocks(run: Run) -> None:
             if place.within == 0:
                 streams.enter(place)
             with held(run.block_source, place.path, run.machine.device) as block:
-                check_finite(block, place.path)
+                run.result.zero += check_values(block, place.path)
                 finished = _reconstruct(streams.task(place, block))
         if finished is not None:
             callback.block_done(finished.record)

@@ -54,6 +54,7 @@ class Reconstruction:
     attention_quantized: bool = False
     outside: NonBlockModules = field(default_factory=NonBlockModules)  # what was rounded besides the blocks
     tuning: Tuning | None = None  # None: there was none
+    zero: list[str] = field(default_factory=list)  # matrices of the source (full names) that are zero throughout
 
     @property
     def needs_lrquant(self) -> bool:

@@ -63,7 +63,7 @@ def _size(run: Run) -> Finding | None:
         return None
     ratio = run.original_bytes / run.checkpoint_bytes
     bits = f", {run.bits_per_weight:.2f} bits per quantized weight" if run.bits_per_weight else ""
-    text = f"{run.checkpoint_bytes / 1e6:.1f} MB instead of {run.original_bytes / 1e6:.1f} MB in bf16{bits}."
+    text = f"{run.checkpoint_bytes / 1e6:.1f} MB instead of {run.original_bytes / 1e6:.1f} MB{bits}."
     return Finding(f"{ratio:.2f} times smaller", text, "good" if ratio > 1 else "bad")
 
 

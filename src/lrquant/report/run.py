@@ -114,7 +114,7 @@ class Run(_Kept):
     profile: dict[str, float] = Field(default_factory=dict)  # seconds by part
     device: str
     checkpoint_bytes: int | None = None
-    original_bytes: int | None = None  # in bf16
+    original_bytes: int | None = None  # in the original's own precision
     bits_per_weight: float | None = None
     samples_looked_at: str = ""  # on what the per-block errors were measured
     metrics: list[Metric] = Field(default_factory=list)

@@ -93,3 +93,17 @@ def reason(error: BaseException) -> str:
         return error.strerror
     lines = str(error).splitlines()
     return lines[0].rpartition(": ")[2].partition(" (os error")[0] if lines else type(error).__name__
+
+
+def public_name(name: str) -> str:
+    """How a model, a text or a file is called in what leaves this machine: never by an absolute path.
+
+    A path below the working folder is given relative to it, any other by its last part; all other names stay.
+    """
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return path.name or name
