@@ -39,6 +39,9 @@ def test_info_tells_what_quantize_told(w4a4: Path, tiny: Path, tmp_path: Path) -
     # per block: q, o 64×64, k, v 32×64, three 128×64 in the MLP
     assert facts["parameters"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
     assert facts["left_alone"] == ["lm_head"]
+    assert facts["floating_point"]["embedding"] == "model.embed_tokens"
+    blocks = 2 * (facts["parameters"] // 2 + 2 * 64)
+    assert facts["quantized_share"] == pytest.approx(facts["parameters"] / (blocks + 64 + 4096 * 64))  # head tied
     assert facts["weights"] == "int4, asymmetric, per output channel"
     assert "no kernels for W4A4" in facts["runs"]["vLLM"]
     assert "4 bits per token and head" in done.stdout

@@ -39,9 +39,16 @@ class Facts:
     quantized_linears: int
     left_alone: list[str]  # linears that stay in floating point
     runs: dict[str, str] = field(default_factory=dict)  # program → how
+    total_parameters: int = 0  # of the whole checkpoint
+    floating_point: dict[str, str] = field(default_factory=dict)  # why → which modules, where the model card says it
+
+    @property
+    def share(self) -> float:
+        """Of the checkpoint's parameters, those that are quantized."""
+        return self.parameters / max(1, self.total_parameters)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"quantized_share": self.share}
 
 
 def info(
@@ -63,7 +70,11 @@ def info(
         ["size", console.megabytes(facts.bytes)],
         ["bits per quantized weight", f"{facts.bits_per_weight:.3f}, scales and zero points included"],
         ["quantized linears", f"{facts.quantized_linears}, {facts.parameters / 1e6:.1f} million weights"],
-        ["left in floating point", ", ".join(facts.left_alone) or "none"],
+        ["quantized", f"{facts.share:.1%} of {facts.total_parameters / 1e6:,.1f} million parameters"],
+        *(
+            [[f"in floating point: {why}", names] for why, names in facts.floating_point.items()]
+            or [["left in floating point", ", ".join(facts.left_alone) or "none"]]
+        ),
         *([f"runs in {program}", how] for program, how in facts.runs.items()),
     ]
     console.table(str(directory), ["", ""], rows, words=(0, 1))
@@ -99,6 +110,9 @@ def describe(directory: Path) -> Facts:
         parameters += 8 * tensors[f"{linear}.weight_packed"].bytes // packed_bits if known is None else known
         parts = [f"{linear}.weight{part}" for part in ("", "_packed", "_scale", "_zero_point", "_global_scale")]
         bits += sum(8 * tensors[part].bytes for part in parts if part in tensors)
+    dense = sum(tensor.elements for name, tensor in tensors.items() if not _is_part(name, packed))
+    said = card.get("lrquant")
+    reasons = said.get("floating_point") if isinstance(said, dict) else None
     wbits, abits = (weights or {}).get("num_bits", 16), (inputs or {}).get("num_bits", 16)
     group_size = (weights or {}).get("group_size")
     numbers = f"-{recipe['input_numbers'].upper()}" if isinstance(recipe.get("input_numbers"), str) else ""
@@ -134,7 +148,15 @@ def describe(directory: Path) -> Facts:
         quantized_linears=len(packed),
         left_alone=sorted({re.sub(r"\.\d+\.", ".*.", name) for name in quantization.get("ignore") or []}),
         runs=runs_in(quantization, weights, inputs),
+        total_parameters=parameters + dense,
+        floating_point={str(why): str(names) for why, names in reasons.items()} if isinstance(reasons, dict) else {},
     )
+
+
+def _is_part(name: str, linears: set[str]) -> bool:
+    """Whether the tensor `name` belongs to one of the quantized `linears` and is no bias."""
+    linear, _, own = name.rpartition(".")
+    return linear in linears and own != "bias"
 
 
 def runs_in(

@@ -210,11 +210,11 @@ def check_result(prepared: PreparedRun) -> None:
 
 def linears_by_path(original: Original) -> dict[str, nn.Linear]:
     """Every linear of every block by its full name: what is quantized."""
-    found = {}
+    found: dict[str, Any] = {}
     for place in original.places:
         block = original.model.get_submodule(place.path)
         found |= {f"{place.path}.{name}": block.get_submodule(name) for name in linear_names(block)}
-    return found  # type: ignore[return-value]
+    return found
 
 
 def covered(original: Original, recipe: Recipe) -> Coverage | None:
