@@ -14,10 +14,10 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def skeleton_of(module: _Module) -> _Module:
     """A copy of `module` whose tensors have shapes and no values; no weight is copied on the way."""
     memo: dict[int, Any] = {}
-    for tensor in module.parameters():
-        memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
-    for tensor in module.buffers():
-        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return deepcopy(module, memo)
 
 
