@@ -322,7 +322,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         damaged(lambda m: raw("config.json", b'{"model_type": "llama", "head_dim": 1' + b"0" * 4000 + b"}")(m)),
     ),
     "text for a number": (1, "cannot be loaded", damaged(config(hidden_size="many"))),
-    "no heads": (1, "cannot be loaded", damaged(config(num_attention_heads=0))),
+    "no heads": (1, "num_attention_heads = 0, which no model has", damaged(config(num_attention_heads=0))),
     "fewer layers than weights": (1, "cannot be loaded", damaged(config(hidden_size=32))),
     "a nested configuration": (
         1,
