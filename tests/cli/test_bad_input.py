@@ -354,8 +354,8 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     ),
     "a block of zeros": (
         1,
-        "model.layers.1: every weight is zero",
-        damaged(rewrite(lambda t: [v.zero_() for n, v in t.items() if n.startswith("model.layers.1.")] and None)),
+        "model.layers.0: every weight is zero",
+        damaged(rewrite(lambda t: [v.zero_() for n, v in t.items() if n.startswith("model.layers.0.")] and None)),
     ),
     "infinite weight": (
         1,
