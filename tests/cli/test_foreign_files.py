@@ -180,7 +180,8 @@ def test_a_second_control_c_ends_without_a_traceback() -> None:
 def test_control_c_while_an_object_is_finalized_is_not_lost() -> None:
     code = (
         "import signal, os, time\nfrom lrquant.cli.main import run\n"
-        "class Finalized:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0.2)\n"
+        "class Finalized:\n    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0.2)\n"
         "def work():\n    Finalized()\n    time.sleep(20)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\nrun(work)\n"
     )

@@ -9,7 +9,6 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LrquantError, UsageError
-from lrquant.export.compressed_tensors import block_tensors, outside_tensors, quantization_config
+from lrquant.export.compressed_tensors import STATIC_SCALES, block_tensors, outside_tensors, quantization_config
 from lrquant.export.saving import as_stored_before
 from lrquant.export.skeleton import skeleton_of
 from lrquant.loading.pretrained import first_line
@@ -41,11 +40,7 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     try:
         for path in paths:
             fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
-            frozen = freeze(fixed, {})
-            if scheme.has_static_inputs:
-                scale = torch.empty(1, device="meta")
-                frozen = replace(frozen, input_scales=dict.fromkeys(frozen.weights, scale))
-            result.frozen.append(frozen)
+            result.frozen.append(freeze(fixed, {}))
         tensors: dict[str, Tensor] = {}
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
                       *block_tensors(skeleton, result, scheme, storage_dtype)):  # fmt: skip
@@ -57,7 +52,8 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
         raise
     except Exception as error:  # whatever transformers, compressed-tensors or torch say of it
         raise UsageError(f"{name}: transformers could not load the result ({first_line(error)})") from error
-    _check(found, name, kind=UsageError)
+    missing = {key for key in found["missing_keys"] if not key.endswith(STATIC_SCALES)}  # those come from calibration
+    _check({**found, "missing_keys": missing}, name, kind=UsageError)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
