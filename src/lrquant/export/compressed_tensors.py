@@ -21,6 +21,7 @@ from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.transforms.online import transform_config
 
