@@ -177,6 +177,19 @@ def test_a_second_control_c_ends_without_a_traceback() -> None:
     assert done.stderr == ""
 
 
+def test_control_c_while_an_object_is_finalized_is_not_lost() -> None:
+    code = (
+        "import signal, os, time\nfrom lrquant.cli.main import run\n"
+        "class Finalized:\n    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(0.2)\n"
+        "def work():\n    Finalized()\n    time.sleep(20)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\nrun(work)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Error: interrupted"
+
+
 def test_surroundings_that_are_gone(tmp_path: Path) -> None:
     """A deleted working folder is one line; without a standard output results go nowhere."""
     command = f'{sys.executable} -P -c "from lrquant.cli.main import main; main()" doctor'
@@ -213,6 +226,7 @@ def test_no_absolute_path_leaves_the_machine(tiny: Path, tmp_path: Path) -> None
 def test_a_float32_model_is_compared_with_itself(tmp_path: Path) -> None:
     tiny = write_tiny(tmp_path / "tiny", dtype=torch.float32)
     done = lrquant(*quantize(tiny, tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
     ratio = float(done.stdout.partition(" times smaller than float32")[0].rpartition(" ")[2])
     before = (tiny / "model.safetensors").stat().st_size
     assert ratio == pytest.approx(before / (tmp_path / "out" / "model.safetensors").stat().st_size, rel=0.05)

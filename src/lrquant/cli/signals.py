@@ -8,12 +8,15 @@ from types import FrameType
 
 from lrquant.errors import Terminated
 
+RETRY = 0.05  # seconds
+
 
 @contextmanager
 def handled() -> Iterator[None]:
     """Within, SIGTERM is raised as `Terminated`; a signal after the first ends the program as it does by default.
 
-    Nothing is lost by that: what an interrupted run keeps is on disk already.
+    Nothing is lost by that: what an interrupted run keeps is on disk already. Python swallows what is raised while an
+    object is finalized; a signal that comes then is raised a moment later.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -26,6 +29,13 @@ def handled() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         seen = True
+        begin_to_end(number, frame)
+
+    def begin_to_end(number: int, frame: FrameType | None) -> None:
+        if _finalizes(frame):
+            signal.signal(signal.SIGALRM, lambda _, later: begin_to_end(number, later))
+            signal.setitimer(signal.ITIMER_REAL, RETRY)
+            return
         raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
 
     caught = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
@@ -35,3 +45,12 @@ def handled() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _finalizes(frame: FrameType | None) -> bool:
+    """Whether `frame` runs within an object's `__del__`."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False

@@ -21,10 +21,12 @@ from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.formats.fake_quant import QuantizedWeight
 from lrquant.formats.layout import dequantized_on_load, packs_numbers, pads_zero_points, product_dtype, storage_format
 from lrquant.reconstruction.block_parameters import FrozenBlock
-from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.transforms.online import transform_config
 
+# Parts of transformers whose blocks fill their weights in some of the releases that are to read a checkpoint, if not in
+# this one: 5.20 to 5.23.
+_FILLED_WEIGHTS = (".clip.", ".siglip.")
 _NEEDS_WHOLE: dict[type[nn.Module], bool] = {}  # by class, tried once (skeleton.fills_weights)
 STATIC_SCALES = (".input_global_scale", ".input_scale", *CACHE_SCALES)  # found in calibration
 
@@ -37,6 +39,8 @@ def needs_whole_weights(model: nn.Module, path: str) -> bool:
     from transformers import PreTrainedModel
 
     kind = type(model.get_submodule(path))
+    if any(part in kind.__module__ for part in _FILLED_WEIGHTS):
+        return True
     if kind not in _NEEDS_WHOLE:
         if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
             return False

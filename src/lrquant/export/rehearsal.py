@@ -9,7 +9,6 @@ import io
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import LrquantError, UsageError
-from lrquant.export.compressed_tensors import block_tensors, outside_tensors, quantization_config
+from lrquant.export.compressed_tensors import STATIC_SCALES, block_tensors, outside_tensors, quantization_config
 from lrquant.export.expert_layout import in_own_layout, stored_names
 from lrquant.export.saving import as_stored_before
 from lrquant.export.skeleton import skeleton_of
-from lrquant.formats import format_of
-from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.loading.pretrained import first_line
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import freeze
@@ -44,12 +41,7 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     try:
         for path in paths:
             fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
-            frozen = freeze(fixed, {})
-            if scheme.inputs is not None and scheme.has_static_inputs:
-                scale, name_of_scale = torch.empty(1, device="meta"), format_of(scheme.inputs).scales.global_name
-                scales = {f"{linear}.input{name_of_scale}": scale for linear in frozen.weights}
-                frozen = replace(frozen, static_scales=scales)
-            result.frozen.append(frozen)
+            result.frozen.append(freeze(fixed, {}))
         result.own_layout = in_own_layout(skeleton, result)
         names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
@@ -64,9 +56,8 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
         raise
     except Exception as error:  # whatever transformers, compressed-tensors or torch say of it
         raise UsageError(f"{name}: transformers could not load the result ({first_line(error)})") from error
-    if scheme.kv_cache is not None:  # calibration finds which modules have them
-        found = dict(found) | {"missing_keys": {key for key in found["missing_keys"] if not key.endswith(CACHE_SCALES)}}
-    _check(found, name, kind=UsageError)
+    missing = {key for key in found["missing_keys"] if not key.endswith(STATIC_SCALES)}  # those come from calibration
+    _check({**found, "missing_keys": missing}, name, kind=UsageError)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
