@@ -1,10 +1,11 @@
 """Checkpoints that are only right with lrquant, and how transformers learns to read them.
 
 A shift on an RMSNorm model needs biases that its modules lack; a Hadamard transform at run time stands in the
-checkpoint's `transform_config`, which transformers (5.23) reads past. Loaded without them such a checkpoint would
-answer nonsense, so it says so twice: its `model_type` is `lrquant`, which plain transformers refuses as
-unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes the
-original family's again, and the quantizer adds biases and transforms before compressed-tensors does the rest.
+checkpoint's `transform_config`, which transformers (5.23) reads past; experts whose inputs are quantized, or whose
+integers have zero points, have to be linears, which they are not in transformers 5. Loaded without them such a
+checkpoint would answer nonsense, so it says so twice: its `model_type` is `lrquant`, which plain transformers refuses
+as unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes the
+original family's again, and the quantizer adds linears, biases and transforms before compressed-tensors does the rest.
 """
 
 from typing import Any
@@ -42,10 +43,14 @@ def register_quantizer(_: Any = None) -> None:
 
     @auto.register_quantization_config(OWN_METHOD)
     class LrquantQuantizationConfig(CompressedTensorsConfig):
-        """compressed-tensors' configuration, the modules that get a bias, and the inputs that are transformed."""
+        """compressed-tensors' configuration, and what lrquant builds before weights are loaded."""
 
         def __init__(
-            self, added_biases: list[str] | None = None, transform_config: dict[str, Any] | None = None, **kwargs: Any
+            self,
+            added_biases: list[str] | None = None,
+            exposed_linears: bool = False,
+            transform_config: dict[str, Any] | None = None,
+            **kwargs: Any,
         ) -> None:
             from compressed_tensors.transform import TransformConfig
 
@@ -54,14 +59,24 @@ def register_quantizer(_: Any = None) -> None:
             super().__init__(**kwargs)
             self.quant_method = OWN_METHOD  # type: ignore[assignment]  # by which transformers picks the quantizer
             self.added_biases = added_biases or []
+            self.exposed_linears = exposed_linears
             self.transform_config = TransformConfig(**transform_config) if transform_config else None
 
     @auto.register_quantizer(OWN_METHOD)
     class LrquantHfQuantizer(CompressedTensorsHfQuantizer):
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            from lrquant.architectures.targets import expose_linears
             from lrquant.transforms.bias_slots import add_bias_slots
             from lrquant.transforms.online import add_online_transforms
 
+            if self.quantization_config.exposed_linears:  # type: ignore[attr-defined]
+                expose_linears(model)
             add_bias_slots(model, self.quantization_config.added_biases)  # type: ignore[attr-defined]
             add_online_transforms(model, self.quantization_config.transform_config)  # type: ignore[attr-defined]
             super()._process_model_before_weight_loading(model, **kwargs)
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            """Without those that would merge experts, where they are linears of their own."""
+            from lrquant.architectures.experts import without_merging
+
+            return super().update_weight_conversions(without_merging(weight_conversions, model), model)

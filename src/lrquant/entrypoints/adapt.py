@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lrquant.architectures.targets import expose_linears
 from lrquant.calibration.samples import TokenIds
 from lrquant.calibration.text import evaluation_ids
 from lrquant.entrypoints.preparation import pick_machine, prepare
@@ -31,7 +32,8 @@ from lrquant.entrypoints.results import Adapted
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export import check_save_dir
 from lrquant.export.compressed_tensors import STATIC_SCALES, needs_whole_weights, pack_block
-from lrquant.export.saving import whole_directory
+from lrquant.export.expert_layout import in_own_layout, stored_names
+from lrquant.export.saving import as_stored_before, whole_directory
 from lrquant.formats.activation_quant import cache_scales_of
 from lrquant.loading.checkpoint import load, saved_recipe
 from lrquant.loading.original import Original
@@ -173,6 +175,7 @@ def _test_samples(
 def _present(loaded: Any, original: Original, blocks: str) -> Present:
     """The checkpoint's blocks as they are, those of `blocks` to be learned again."""
     paths = [f"{stage.path}.{index}" for stage in original.stages for index in range(len(stage.blocks(original.model)))]
+    expose_linears(loaded)
     present = block_parameters(loaded, original.model, paths)
     static_scales = [static_scales_of(loaded.get_submodule(path)) for path in paths]
     return Present(present, frozenset(parse_blocks(blocks, len(present))), static_scales)
@@ -192,6 +195,8 @@ def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: 
             needs_whole_weights(original.model, paths[index]),
         ).items()
     }
+    names = stored_names(original.model, in_own_layout(original.model, result))
+    tensors = as_stored_before(original.model, tensors, names)
     facts = {
         "quantized": str(source),
         "reference": original.name,

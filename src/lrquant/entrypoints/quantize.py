@@ -19,6 +19,7 @@ from lrquant.entrypoints.results import Quantized, keep_activations_quantized, n
 from lrquant.errors import UsageError
 from lrquant.export import Sizes
 from lrquant.export.compressed_tensors import block_tensors, outside_tensors
+from lrquant.export.expert_layout import in_own_layout
 from lrquant.export.saving import measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
 from lrquant.export.shards import tensor_bytes
 from lrquant.loading.checkpoint import load
@@ -157,6 +158,7 @@ def _carried_out(prepared: PreparedRun, writing: "_Writing", *, callback: Callba
     with prepared.advising(cache):
         run = prepared.run(cache, journal=writing.journal, callback=callback, providers=(restore, learn))
         result = carry_out(run)
+    result.own_layout = in_own_layout(prepared.original.model, result)
     if prepared.original.block_source.keeps:
         keep_activations_quantized(prepared.original.model, result.recipe, result)
     return result

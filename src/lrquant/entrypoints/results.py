@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lrquant.architectures import Family, MultimodalFamily
+from lrquant.entrypoints.expert_notes import expert_notes
 from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
 from lrquant.recipe import Recipe
@@ -86,6 +87,7 @@ def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstr
         notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
     if result.rotated.online:
         notes.append("Inputs are transformed at run time: the checkpoint loads only after `import lrquant`.")
+    notes += expert_notes(result)
     notes += result.rotated.notes
     if recipe.dense:
         notes.append(

@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from torch import Tensor, nn
 
 from lrquant._registration import OWN_METHOD
+from lrquant.architectures.targets import has_exposed, is_linear, linears_of, mixtures_of
 from lrquant.errors import UsageError
 from lrquant.formats import Scheme, format_of
 from lrquant.formats.activation_quant import CACHE_SCALES
@@ -79,8 +80,8 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     model that got biases for its shifts, or whose inputs are transformed at run time, is marked with lrquant's own
     method; the biases are listed, the transforms described as compressed-tensors describes them.
     """
-    inside = tuple(f"{path}." for path in result.block_paths)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantized = _quantized_linears(model, result)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     groups = _groups_by_bits(model, result, scheme) if scheme.bits else _groups(model, result, scheme)
     formats = {group.format for group in groups.values()}
     stored = storage_format(scheme) if len(formats) > 1 else next(iter(formats))
@@ -89,7 +90,7 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
         config_groups=groups,
         format=CompressionFormat.mixed_precision.value if len(formats) > 1 else CompressionFormat(stored).value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
-        ignore=[name for name in linears if not name.startswith(inside) and name not in result.outside.weights],
+        ignore=[name for name in linears if name not in quantized and name not in result.outside.weights],
         kv_cache_scheme=scheme.kv_cache,
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
@@ -99,9 +100,12 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     if result.needs_lrquant:
         data["quant_method"] = OWN_METHOD
         data["added_biases"] = list(result.added_biases)
+        if has_exposed(model):
+            data["exposed_linears"] = True
     if result.rotated.online:
-        targets = dict.fromkeys(_any_block(name, result.block_paths) for name in result.rotated.online)
-        width = linears[result.rotated.online[0]].in_features
+        mixtures = _mixtures(model, result.block_paths)
+        targets = dict.fromkeys(_any_block(name, mixtures) for name in result.rotated.online)
+        width = quantized[result.rotated.online[0]].in_features
         data["transform_config"] = transform_config(list(targets), width).model_dump(mode="json")
     return data
 
@@ -111,9 +115,8 @@ def _groups_by_bits(model: nn.Module, result: Reconstruction, scheme: Scheme) ->
     groups: dict[tuple[Any, ...], QuantizationScheme] = {}
     for path in result.block_paths:
         whole = needs_whole_weights(model, path)
-        for name, module in model.get_submodule(path).named_modules(prefix=path):
-            if not isinstance(module, nn.Linear):
-                continue
+        for within, module in linears_of(model.get_submodule(path)).items():
+            name = f"{path}.{within}"
             own, flat = scheme.of(name), name in result.flat_inputs and scheme.inputs is not None
             found = own.for_linear(module.in_features, flat)
             found.format = storage_format(own, whole).value
@@ -129,17 +132,29 @@ def _groups_by_bits(model: nn.Module, result: Reconstruction, scheme: Scheme) ->
     return named
 
 
+def _quantized_linears(model: nn.Module, result: Reconstruction) -> dict[str, nn.Linear]:
+    """The quantized linears of all blocks, by their full names."""
+    return {
+        f"{path}.{name}": linear
+        for path in result.block_paths
+        for name, linear in linears_of(model.get_submodule(path)).items()
+    }
+
+
 def _groups(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = _quantized_linears(model, result)
+    linears |= {name: model.get_submodule(name) for name in result.outside.flat}  # type: ignore[misc]
     ordinary = scheme.for_linear(0, flat_input=False)
     ordinary.targets = ["Linear"]
     groups = {"group_0": ordinary}
-    flat_inputs = {_any_block(name, result.block_paths): name for name in sorted(result.flat_inputs)}
+    mixtures = _mixtures(model, result.block_paths)
+    flat_inputs = {_any_block(name, mixtures): name for name in sorted(result.flat_inputs)}
     flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
+    by_width: dict[int, QuantizationScheme] = {}
     for pattern, name in flat_inputs.items() if scheme.inputs else ():
-        flat = scheme.for_linear(linears[name].in_features, flat_input=True)
-        flat.targets = [pattern]
-        groups[f"group_{len(groups)}"] = flat
+        width = linears[name].in_features
+        by_width.setdefault(width, scheme.for_linear(width, flat_input=True)).targets.append(pattern)
+    groups |= {f"group_{number}": flat for number, flat in enumerate(by_width.values(), len(groups))}
     for group in groups.values():
         group.format = storage_format(scheme).value  # left out, integers with activations would be a byte each
         if group.weights is not None and pads_zero_points(scheme):
@@ -159,11 +174,18 @@ def _whole_weights(model: nn.Module, result: Reconstruction) -> list[str]:
     return patterns + (sorted(result.outside.weights) if needs_whole_weights(model, "") else [])
 
 
-def _any_block(linear: str, block_paths: Sequence[str]) -> str:
-    """A pattern for `linear` in whichever block of its list."""
-    path = next(path for path in block_paths if linear.startswith(f"{path}."))
-    blocks = path.rpartition(".")[0]
-    return rf"re:.*{re.escape(blocks)}\.\d+{re.escape(linear.removeprefix(path))}$"
+def _mixtures(model: nn.Module, block_paths: Sequence[str]) -> dict[str, list[str]]:
+    """The paths, within each block, of modules whose children are experts."""
+    return {path: [mixture.path for mixture in mixtures_of(model.get_submodule(path))] for path in block_paths}
+
+
+def _any_block(linear: str, mixtures: Mapping[str, Sequence[str]]) -> str:
+    """A pattern for `linear` in whichever block of its list, and in whichever expert of its mixture."""
+    path = next(path for path in mixtures if linear.startswith(f"{path}."))
+    blocks, within = path.rpartition(".")[0], re.escape(linear.removeprefix(f"{path}."))
+    for experts in mixtures[path]:
+        within = re.sub(rf"^({re.escape(re.escape(experts))})\\\.\d+", r"\1\\.\\d+", within)
+    return rf"re:.*{re.escape(blocks)}\.\d+\.{within}$"
 
 
 def unpack_block(

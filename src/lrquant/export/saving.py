@@ -21,6 +21,7 @@ from lrquant.export.compressed_tensors import (
     quantized_size,
     rounded_outside,
 )
+from lrquant.export.expert_layout import renamed, stored_names
 from lrquant.export.model_card import model_card
 from lrquant.export.shards import ShardWriter
 from lrquant.export.sizes import Sizes
@@ -120,9 +121,9 @@ def write_checkpoint(
     `sizes_of` is told how many bytes the tensors took.
     """
     config = quantization_config(model, result, recipe.stored_scheme)
-    shards = ShardWriter(folder)
+    shards, names = ShardWriter(folder), stored_names(model, result.own_layout)
     for tensors in groups:
-        shards.add(_as_stored_before(model, tensors))
+        shards.add(as_stored_before(model, tensors, names))
     sizes = sizes_of(shards.finish())
     write_sums(folder)
     model.config.architectures = [type(model).__name__]
@@ -138,10 +139,16 @@ def write_checkpoint(
     return sizes
 
 
-def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
+def as_stored_before(
+    model: Any, tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads.
+
+    `names` are new ones of linears (expert_layout.stored_names).
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
+    tensors = renamed(tensors, names)
     ignored = compat.ignored_on_save(model)
     return revert_weight_conversion(model, {name: tensor for name, tensor in tensors.items() if name not in ignored})
 

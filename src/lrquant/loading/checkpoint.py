@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrquant.architectures import family_of
+from lrquant.architectures.targets import is_linear
 from lrquant.formats.activation_quant import CACHE_SCALES, install, route_attention, set_static_scale
 from lrquant.loading.pretrained import load_model, resolve_model
 from lrquant.recipe import RECIPE_FILE, Recipe
@@ -48,8 +49,8 @@ def _cache_scales(folder: Path) -> dict[str, Tensor]:
 
 def _in_one_dtype(model: Any) -> None:
     """Weights of four-bit floats come out as bfloat16, whatever the model computes in; a linear wants one dtype."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype != model.dtype:
+    for module in filter(is_linear, model.modules()):
+        if module.weight.dtype != model.dtype:
             weight = module.weight.detach().to(model.dtype)
             replace_direct_state_dict(module, get_direct_state_dict(module) | {"weight": weight})
 

@@ -4,9 +4,9 @@ The skeleton is built on the meta device by transformers' own code. What stands 
 vision tower that stays as it is) is read at once, for every sample passes through it; a block is read when its
 turn comes and dropped when it is done; an output head that nothing calls is read when the checkpoint is written.
 
-Tensors are found as transformers finds them (source_tensors.py). A checkpoint whose tensors it
-merges or splits (most mixtures of experts), a model of several stages and one with parts in float32 are
-loaded whole instead.
+Tensors are found as transformers finds them (source_tensors.py), experts one matrix at a time (exposed_sources.py). A
+checkpoint of which transformers merges or splits other tensors, a model of several stages and one with parts in float32
+are loaded whole instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.architectures import family_of
+from lrquant.architectures.targets import expose_linears
 from lrquant.loading.auto_class import auto_model
 from lrquant.loading.block_source import BlockSource
+from lrquant.loading.exposed_sources import Part, exposed_sources
 from lrquant.loading.pretrained import fetched_folder, load_config
 from lrquant.loading.source_tensors import Source, read_tensor, source_tensors
 from lrquant.loading.validation import weight_files
@@ -31,7 +33,7 @@ LARGE = 1 << 30  # bytes of a model from which its steps need memory more than t
 class OffloadedBlocks(BlockSource):
     """Blocks on disk. `sources` says where each of the model's tensors is."""
 
-    def __init__(self, model: nn.Module, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, sources: Mapping[str, Source | Part], dtype: torch.dtype) -> None:
         super().__init__(model, keeps=False)
         self._sources, self._dtype = dict(sources), dtype
         self._changes: dict[str, list[Callable[[nn.Module], None]]] = {}
@@ -79,7 +81,8 @@ class OffloadedBlocks(BlockSource):
 
     def _stored(self, name: str) -> Tensor:
         """The tensor `name` as transformers would load it, a copy of its own."""
-        tensor = read_tensor(self._sources[name])
+        source = self._sources[name]
+        tensor = source.read() if isinstance(source, Part) else read_tensor(source)
         return tensor.to(self._dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
@@ -100,10 +103,11 @@ def open_offloaded(
     model = _skeleton(config, folder, dtype, trust_remote_code)
     stages = family_of(model).stages(model, towers)
     source = source_tensors(model, weight_files(folder), name)
-    if len(stages) > 1 or source.converted or compat.keeps_parts_in_float32(model, dtype):
-        return None
     compat.remember_conversions(model, list(source.conversions))  # by which saving renames them back
-    sources = source.found
+    expose_linears(model)
+    sources = exposed_sources(model, source)
+    if len(stages) > 1 or sources is None or compat.keeps_parts_in_float32(model, dtype):
+        return None
     block_source = OffloadedBlocks(model, sources, dtype)
     head = _untied_head(model)
     block_source.fill(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lrquant.architectures import Family, MultimodalFamily, Stage, family_of
+from lrquant.architectures.targets import expose_linears
 from lrquant.errors import UsageError
 from lrquant.formats.layout import checkpoint_dtype
 from lrquant.loading.auto_class import Modality, modality_of
@@ -68,6 +69,7 @@ class Original:
         """
         name = getattr(model, "name_or_path", "") or "a model in memory"
         _refuse_quantized(model, name)
+        expose_linears(model)
         family = family_of(model)
         stages = family.stages(model, recipe.towers)
         dtype = checkpoint_dtype(recipe.scheme, model.dtype)
@@ -96,6 +98,7 @@ def open_original(
     offloaded = open_offloaded(name, dtype, recipe.towers, trust_remote_code) if offload else None
     model = offloaded[0] if offloaded is not None else load_model(name, dtype, trust_remote_code)
     _refuse_quantized(model, name)
+    expose_linears(model)
     family = family_of(model)
     stages = family.stages(model, recipe.towers)
     processor = processor or load_processor(name, modality_of(model), trust_remote_code)

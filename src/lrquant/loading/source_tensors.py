@@ -31,8 +31,8 @@ _FLOATING = ("F", "BF")  # how safetensors' names of floating-point types begin
 class SourceTensors:
     """Where each of a model's tensors is, and what its files hold besides."""
 
-    found: Mapping[str, Source]  # without those that are `converted`
-    converted: bool = False  # whether transformers merges or splits some
+    found: Mapping[str, Source]  # without those that are made of `pieces`
+    pieces: Mapping[str, Source] = field(default_factory=dict)  # by their own names: what transformers merges or splits
     carried: Mapping[str, Source] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     conversions: Sequence[Any] = ()  # transformers' own, that these files needed
@@ -81,7 +81,8 @@ def source_tensors(model: Any, files: Sequence[Path], name: str) -> SourceTensor
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     wanted = model.state_dict()
     found: dict[str, Source] = {}
-    pieces: set[str] = set()
+    pieces: dict[str, Source] = {}
+    whole: set[str] = set()  # tensors of the model that are made of them
     others: dict[str, tuple[str, _Stored]] = {}  # by their own names: transformers' name, what they are
     for key, stored in headers(files):
         target, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
@@ -93,7 +94,8 @@ def source_tensors(model: Any, files: Sequence[Path], name: str) -> SourceTensor
         if wanted[target].is_floating_point() and not stored.floating:
             raise LrquantError(f"{name}: {key} is stored as {stored.dtype}, which is no floating-point weight")
         if converted is not None:
-            pieces.add(target)
+            pieces[key] = stored.source
+            whole.add(target)
             continue
         if stored.shape != tuple(wanted[target].shape):
             raise LrquantError(
@@ -103,12 +105,12 @@ def source_tensors(model: Any, files: Sequence[Path], name: str) -> SourceTensor
         found[target] = stored.source
     _settle_ties(model, found)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = sorted(wanted.keys() - found.keys() - pieces - set(tied))
+    missing = sorted(wanted.keys() - found.keys() - whole - set(tied))
     if missing:
         raise LrquantError(f"{name}: the checkpoint lacks {len(missing)} weights, among them {missing[0]}")
     carried, unread = _sorted_out(model, others, name)
     used = [entry for entry in mapping if entry.was_used()]
-    return SourceTensors(found, bool(pieces), carried, unread, used)
+    return SourceTensors(found, pieces, carried, unread, used)
 
 
 def headers(files: Sequence[Path]) -> Iterator[tuple[str, _Stored]]:

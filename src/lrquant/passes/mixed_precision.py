@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.config import CompressionFormat
-from torch import Tensor, nn
+from torch import Tensor
 
+from lrquant.architectures.targets import experts_alike, linears_of
 from lrquant.calibration.capture import capture
 from lrquant.errors import UsageError
 from lrquant.formats import Factors, NumberFormat, Scheme, format_of, quantize_weight
@@ -34,7 +35,6 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
 from lrquant.reconstruction.block_parameters import sharing_inputs
 from lrquant.reconstruction.block_preparation import check_finite
-from lrquant.reconstruction.fixed_parameters import linear_names
 from lrquant.reconstruction.run import Run
 
 CANDIDATES = (2, 3, 4, 5, 6, 8)  # bits
@@ -78,9 +78,11 @@ def measured_units(run: Run) -> list[Unit]:
             forward = BlockForward(block, place.within, inputs, machine.device, 1)
             before = list(inputs.hidden)
             first = sharing_inputs(forward.advance_full_precision(inputs.hidden)[0])
+            for same in experts_alike(block):  # runtimes fuse all experts
+                first |= dict.fromkeys(same, first[same[0]])
             measuring = _Measuring(forward, before, inputs.hidden, run.recipe.scheme, run.storage_dtype)
             for leader in dict.fromkeys(first.values()):
-                linears = tuple(name for name in linear_names(block) if first.get(name) == leader)
+                linears = tuple(name for name in linears_of(block) if first.get(name) == leader)
                 mine = len(units) % ranks.world == ranks.rank
                 units.append(measuring.unit(place.path, linears, mine))
         run.callback.measured(place.index + 1, len(run.places))
@@ -192,11 +194,10 @@ def check_target(original: Original, recipe: Recipe) -> None:
         UsageError: it names the reach.
     """
     shapes = [
-        module.weight.shape
+        linear.weight.shape
         for stage in original.stages
         for block in stage.blocks(original.model)
-        for module in block.modules()
-        if isinstance(module, nn.Linear)
+        for linear in linears_of(block).values()
     ]
     weights = sum(shape.numel() for shape in shapes)
     sizes = [

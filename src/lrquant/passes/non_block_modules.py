@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lrquant.architectures.targets import is_linear, watched_inputs
 from lrquant.errors import UsageError
 from lrquant.formats import format_of, quantize_weight
 from lrquant.formats.fake_quant import largest_weight
@@ -52,7 +53,7 @@ def chosen_modules(model: Any, also: Sequence[str]) -> dict[str, nn.Module]:
 def _is_part(name: str, module: nn.Module, part: str) -> bool:
     if part == "patch_embedding":
         return isinstance(module, nn.Conv2d | nn.Conv3d)
-    if type(module) is not nn.Linear:
+    if not is_linear(module):
         return False
     parts = name.split(".")
     return parts[-1] in HEADS if part == "head" else not set(PROJECTORS).isdisjoint(parts)
@@ -70,12 +71,12 @@ def round_modules(original: Original, recipe: Recipe, sample: dict[str, Any]) ->
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         format = format_of(recipe.scheme.weights)
         rows = weight.detach().float().flatten(1)  # (out, in · kernel)
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             format = replace(format, group_size=None, group_rows=1)  # patches have few channels: a scale for each row
         global_scale = format.global_scale(largest_weight(rows, Factors()), storage_dtype)
         rounded = quantize_weight(rows, format, scale_dtype=storage_dtype, global_scale=global_scale)
         weight.copy_(rounded.dequantized(product_dtype(recipe.scheme, storage_dtype)).view_as(weight))
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             weights[name] = rounded
     return NonBlockModules(weights, flat)
 
@@ -83,16 +84,13 @@ def round_modules(original: Original, recipe: Recipe, sample: dict[str, Any]) ->
 def _flat_inputs(model: Any, modules: dict[str, nn.Module], sample: dict[str, Any]) -> frozenset[str]:
     flat = set()
 
-    def watch(name: str) -> Any:
-        return lambda _, inputs: flat.add(name) if inputs[0].ndim == 2 else None
+    def seen(name: str, x: torch.Tensor) -> None:
+        if x.ndim == 2:
+            flat.add(name)
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with watched_inputs({name: module for name, module in modules.items() if is_linear(module)}, seen):
         model(**sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return frozenset(name for name in flat if isinstance(modules[name], nn.Linear))
+    return frozenset(flat)
 
 
 def check_modules(original: Original, recipe: Recipe) -> None:
@@ -102,7 +100,7 @@ def check_modules(original: Original, recipe: Recipe) -> None:
         UsageError: it names the part.
     """
     for name, module in chosen_modules(original.model, recipe.also).items():
-        if isinstance(module, nn.Linear):
+        if is_linear(module):
             check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lrquant.architectures import ResidualStream, Stage
+from lrquant.architectures.targets import linears_of
 from lrquant.errors import UsageError
 from lrquant.loading.block_source import BlockSource
 from lrquant.loading.original import Original
@@ -129,7 +130,7 @@ def check_stream(model: Any, stage: Stage) -> str:
     residual = _residual(stage)
     readers = {linear for norm in _norms(stage) for linear in norm.linears}
     for index, block in enumerate(stage.blocks(model)):
-        linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        linears = set(linears_of(block))
         odd = sorted(linears ^ (readers | set(residual.writers)))
         if odd:
             raise UsageError(

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.architectures.targets import experts_alike, linears_of, watched_inputs
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs
 from lrquant.errors import LrquantError
@@ -19,12 +20,13 @@ from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import Forward
 from lrquant.reconstruction.block_parameters import FrozenBlock, quantized_parameters
 from lrquant.reconstruction.compiled_block import CompiledBlock
-from lrquant.reconstruction.fixed_parameters import BlockParameters, linear_names
+from lrquant.reconstruction.fixed_parameters import BlockParameters
+from lrquant.reconstruction.input_statistics import InputStatistics
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.runtime.distributed import ALONE, Ranks
 from lrquant.runtime.execution import matrix_products
 from lrquant.runtime.profile import timed
-from lrquant.transforms.statistics import ChannelStatistics, extremes_of
+from lrquant.transforms.statistics import ChannelStatistics
 
 
 def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
@@ -42,6 +44,7 @@ class BlockForward:
     device: torch.device
     batch: int  # samples of a step, over all ranks
     ranks: Ranks = ALONE
+    expert_tokens: dict[str, int] = field(default_factory=dict)  # what each expert saw in the full-precision pass
 
     @property
     def at_once(self) -> int:
@@ -94,32 +97,10 @@ class BlockForward:
     @torch.no_grad()
     def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
         """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
-        statistics: dict[str, ChannelStatistics] = {}
-        flat: set[str] = set()
-        extremes: dict[str, list[Tensor]] = {}  # of each linear, per sample of this rank: (samples, 2, in_features)
-        rows = [0]
-
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0]
-                if x.ndim == 2:
-                    flat.add(name)
-                low, high = extremes_of(x.reshape(rows[0], -1, x.shape[-1]))
-                if self.ranks.alone:
-                    statistics.setdefault(name, ChannelStatistics()).add(low, high)
-                else:
-                    extremes.setdefault(name, []).append(torch.stack([low, high], 1))
-
-            return hook
-
-        handles = [
-            module.register_forward_pre_hook(watch(name))
-            for name, module in self.block.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        try:
+        seen = InputStatistics(self.block, self.ranks)
+        with watched_inputs(linears_of(self.block), seen):
             for chosen in self._batches():
-                rows[0] = len(chosen)
+                seen.samples = len(chosen)
                 for sample, output in zip(
                     chosen, split_samples(self._call(stream, chosen, None), len(chosen)), strict=True
                 ):
@@ -128,14 +109,8 @@ class BlockForward:
                             f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
                         )
                     stream[sample] = output
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in sorted(extremes):  # an average over samples in their order wants all of them
-            everything = self.ranks.in_order(torch.cat(extremes[name]), self.samples)
-            statistics[name] = ChannelStatistics()
-            statistics[name].add(everything[:, 0], everything[:, 1])
-        return statistics, flat
+        self.expert_tokens = seen.tokens()
+        return seen.statistics(self.samples), seen.flat()
 
     @timed("input statistics")
     @torch.no_grad()
@@ -157,29 +132,34 @@ class BlockForward:
             found = values.abs().amax()
             formats[name], most[name] = format, torch.maximum(most.get(name, found), found)
 
-        def watch(name: str, format: NumberFormat) -> Any:
-            scale = f"{name}.input{format.scales.global_name}"
-            return lambda _, given: see(scale, format, given[0])
+        def scale_of(linear: str) -> str:
+            assert inputs is not None
+            return f"{linear}.input{inputs.scales.global_name}"
+
+        def watch_input(name: str, x: Tensor) -> None:
+            assert inputs is not None
+            see(scale_of(name), inputs, x)
 
         def watch_cache(name: str, key: Tensor, value: Tensor) -> None:
             assert cache is not None
             see(f"{name}.k_scale", cache, key)
             see(f"{name}.v_scale", cache, value)
 
-        handles = [  # first of all hooks: what comes before any rounding
-            self.block.get_submodule(name).register_forward_pre_hook(watch(name, inputs), prepend=True)
-            for name in linear_names(self.block)
-            if inputs is not None
-        ]
+        linears = linears_of(self.block) if inputs is not None else {}
+        for name, linear in linears.items():  # experts that see no token too
+            watch_input(name, linear.weight.new_zeros(1))
         parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
-        try:
-            with nullcontext() if cache is None else watched_attention(self.block, watch_cache):
-                for chosen in self._batches():
-                    self._call(stream, chosen, parameters)
-        finally:
-            for handle in handles:
-                handle.remove()
-        scales = {name: formats[name].global_scale(self.ranks.most(most[name]), storage_dtype) for name in most}
+        with (
+            watched_inputs(linears, watch_input, first=True),  # before any rounding
+            nullcontext() if cache is None else watched_attention(self.block, watch_cache),
+        ):
+            for chosen in self._batches():
+                self._call(stream, chosen, parameters)
+        most = {name: self.ranks.most(largest) for name, largest in most.items()}
+        for same in experts_alike(self.block) if inputs is not None else ():
+            largest = torch.stack([most[scale_of(name)] for name in same]).amax()
+            most |= {scale_of(name): largest for name in same if not most[scale_of(name)]}
+        scales = {name: formats[name].global_scale(largest, storage_dtype) for name, largest in most.items()}
         return {name: scale.cpu() for name, scale in scales.items() if scale is not None}
 
     @timed("advance")
@@ -208,37 +188,31 @@ class BlockForward:
     def second_moments(self, stream: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """XᵀX (in, in) of every linear's inputs, as the linear sees them, in the block with `parameters`.
 
-        Linears that share an input share the tensor.
+        Linears that share an input share the tensor. Experts that see no token have zeros.
         """
         moments: dict[str, Tensor] = {}
         latest: list[Any] = [None, None]  # an input, and the linear whose moments it went into
 
-        def watch(name: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                x = inputs[0]
-                if latest[0] is x:
-                    moments[name] = moments[latest[1]]
-                    return
-                rows = x.reshape(-1, x.shape[-1]).float()
-                if name in moments:
-                    moments[name].addmm_(rows.T, rows)
-                else:
-                    moments[name] = rows.T @ rows
-                latest[:] = x, name
+        def seen(name: str, x: Tensor) -> None:
+            if latest[0] is x:
+                moments[name] = moments[latest[1]]
+                return
+            rows = x.reshape(-1, x.shape[-1]).float()
+            if name in moments:
+                moments[name].addmm_(rows.T, rows)
+            else:
+                moments[name] = rows.T @ rows
+            latest[:] = x, name
 
-            return hook
-
-        handles = [
-            module.register_forward_pre_hook(watch(name))
-            for name, module in self.block.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
-        try:
+        with watched_inputs(linears_of(self.block), seen):
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)
-        finally:
-            for handle in handles:
-                handle.remove()
+        missing = {name: linear for name, linear in linears_of(self.block).items() if name not in moments}
+        moments |= {
+            name: torch.zeros(2 * (linear.in_features,), device=self.device) for name, linear in missing.items()
+        }
+        if experts_alike(self.block) and not self.ranks.alone:  # what shares an input here may not have one elsewhere
+            return {name: self.ranks.sum(moments[name]) for name in sorted(moments)}
         distinct = {id(tensor): tensor for tensor in moments.values()}
         summed = {key: self.ranks.sum(tensor) for key, tensor in distinct.items()}
         return {name: summed[id(tensor)] for name, tensor in moments.items()}

@@ -83,10 +83,17 @@ def _global_scales(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor | N
     }
 
 
+def _unrounded(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor]:
+    """What `edits` change besides weights that are rounded: norms, biases, and the weights of routers."""
+    changed = applied(fixed.tensors, edits)
+    left = [linear for linear in changed.linears if linear not in fixed.linears]
+    return dict(changed.vectors) | {f"{linear}.weight": changed.written(fixed.tensors, linear) for linear in left}
+
+
 class Prepared(NamedTuple):
     """What learnables come to before any weight is rounded: small tensors, but for what they hold for every weight."""
 
-    vectors: dict[str, Tensor]  # parameter name → norm weight, norm bias or linear bias, as the checkpoint rounds it
+    vectors: dict[str, Tensor]  # parameter name → norm's or router's weight, or bias, as the checkpoint rounds it
     factors: dict[str, Factors]  # by linear
     multipliers: dict[str, Tensor]  # by linear, (out, in): factors on dequantized weights
     global_scales: dict[str, Tensor | None]  # by linear, (1,), where the format has one
@@ -95,9 +102,8 @@ class Prepared(NamedTuple):
 
 def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype) -> Prepared:
     edits = edits_of(fixed, learnables)
-    vectors = applied(fixed.tensors, edits).vectors
     return Prepared(
-        {name: value.to(fixed.storage_dtype).to(dtype) for name, value in vectors.items()},
+        {name: value.to(fixed.storage_dtype).to(dtype) for name, value in _unrounded(fixed, edits).items()},
         {linear: _factors(edits, linear) for linear in fixed.linears},
         edits.multiplier,
         _global_scales(fixed, edits),
@@ -208,7 +214,7 @@ def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBl
         dense = transformed_parameters(fixed, learnables)
         return FrozenBlock({}, {name: value.to(fixed.storage_dtype) for name, value in dense.items()})
     edits = edits_of(fixed, learnables)
-    dense = dict(fixed.tensors) | dict(applied(fixed.tensors, edits).vectors)
+    dense = dict(fixed.tensors) | _unrounded(fixed, edits)
     global_scales = _global_scales(fixed, edits)
     weights = {}
     for linear in fixed.linears:

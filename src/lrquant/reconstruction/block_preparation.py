@@ -6,6 +6,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
+from lrquant.architectures.targets import linears_of
 from lrquant.errors import LrquantError, UsageError
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import FrozenBlock
@@ -52,9 +53,10 @@ def choose_shifts(
 
 
 def check_group_size(block: nn.Module, group_size: int | None) -> None:
-    for name, module in block.named_modules():
-        if group_size and isinstance(module, nn.Linear) and module.in_features % group_size:
-            widths = [part.in_features for part in block.modules() if isinstance(part, nn.Linear)]
+    linears = linears_of(block)
+    for name, module in linears.items():
+        if group_size and module.in_features % group_size:
+            widths = [part.in_features for part in linears.values()]
             divisors = [size for size in (32, 64, 128, 256) if all(width % size == 0 for width in widths)]
             raise UsageError(
                 f"group size {group_size} does not divide the {module.in_features} input channels of {name}; "
@@ -83,6 +85,6 @@ def linear_input_args(block: nn.Module, recipe: Recipe, flat: set[str]) -> dict[
     """Activation format of every linear's input; none where activations are left alone."""
     return {
         module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and recipe.scheme.inputs is not None
+        for name, module in linears_of(block).items()
+        if recipe.scheme.inputs is not None
     }

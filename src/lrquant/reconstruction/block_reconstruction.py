@@ -59,6 +59,7 @@ class Begun:
     added_biases: Sequence[str]  # modules that were given a bias for their shifts
     statistics: Mapping[str, ChannelStatistics]
     flat_inputs: set[str]
+    expert_tokens: Mapping[str, int]  # BlockRecord.expert_tokens
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Learn:
         )
         if self.start_from is not None:
             start = _checked_start(start, self.start_from[index], index=index, device=run.machine.device)
-        return Begun(fixed, start, slots, statistics, flat)
+        return Begun(fixed, start, slots, statistics, flat, task.forward.expert_tokens)
 
 
 def _finished(index: int, begun: Begun, learned: Learned, *, frozen: FrozenBlock) -> FinishedBlock:
@@ -129,6 +130,7 @@ def _finished(index: int, begun: Begun, learned: Learned, *, frozen: FrozenBlock
         learned.epoch_losses,
         learned.recoveries,
         epochs_left=learned.epochs_left,
+        expert_tokens=dict(begun.expert_tokens),
     )
     return FinishedBlock(
         {name: tensor.cpu() for name, tensor in learned.learnables.items()},

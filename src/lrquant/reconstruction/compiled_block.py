@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.architectures.targets import mixtures_of
 from lrquant.formats.kernels import COMPILES_EXACTLY
 from lrquant.losses import means
 from lrquant.recipe import Recipe
@@ -139,6 +140,8 @@ class CompiledBlocks:
     def of(self, block: nn.Module, fixed: BlockParameters) -> CompiledBlock | None:
         """The graph for `block`, whose activations are being quantized (formats.activations); None: it has no use."""
         if not self._useful() or fixed.format is None or fixed.formats:  # each choice would need a graph of its own
+            return None
+        if mixtures_of(block):  # which tokens an expert sees is found by the call itself
             return None
         kind = _kind(block, fixed)
         if kind not in self.known:

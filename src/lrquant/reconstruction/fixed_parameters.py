@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lrquant.architectures.targets import linears_of
 from lrquant.formats import NumberFormat, Scheme, format_of
 from lrquant.formats.layout import product_dtype
 from lrquant.transforms import Equivalence
-
-
-def linear_names(block: nn.Module) -> tuple[str, ...]:
-    return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,9 @@ class BlockParameters:
         """A linear's own weight, (out, in), float32."""
         return self.tensors[f"{linear}.weight"]
 
+    def has_bias(self, linear: str) -> bool:
+        return f"{linear}.bias" in self.tensors
+
     @classmethod
     def of(
         cls, block: nn.Module, equivalences: Sequence[Equivalence], scheme: Scheme, storage_dtype: torch.dtype
@@ -47,4 +47,4 @@ class BlockParameters:
         own = {linear: scheme.of(linear).weights for linear in scheme.bits}
         formats = {linear: format_of(args) for linear, args in own.items() if args is not None}
         products = product_dtype(scheme, storage_dtype)
-        return cls(tensors, linear_names(block), equivalences, format, storage_dtype, products, formats=formats)
+        return cls(tensors, tuple(linears_of(block)), equivalences, format, storage_dtype, products, formats=formats)

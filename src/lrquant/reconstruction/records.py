@@ -21,6 +21,9 @@ class BlockRecord:
     seconds: float = 0.0
     cosine: float = 0.0  # mean cosine similarity of the quantized block's output to the full-precision model's
     epochs_left: int = 0  # that an early stop left out
+    expert_tokens: dict[str, int] = field(
+        default_factory=dict
+    )  # expert's path in the block → calibration tokens it saw
 
     @property
     def seconds_saved(self) -> float:

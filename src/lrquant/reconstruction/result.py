@@ -53,12 +53,13 @@ class Reconstruction:
     rotated: Rotated = field(default_factory=Rotated)
     attention_quantized: bool = False
     outside: NonBlockModules = field(default_factory=NonBlockModules)  # what was rounded besides the blocks
+    own_layout: bool = False  # whether plain transformers has no place for some of the linears (export/expert_layout)
     tuning: Tuning | None = None  # None: there was none
 
     @property
     def needs_lrquant(self) -> bool:
         """Whether the model computes something that its family's own code does not."""
-        return bool(self.added_biases or self.rotated.online)
+        return bool(self.added_biases or self.rotated.online or self.own_layout)
 
     def add(self, path: str, finished: FinishedBlock, with_offsets: bool) -> None:
         """Take up the block at `path`. Offsets are left out where memory must not grow with the model."""

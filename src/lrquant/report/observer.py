@@ -12,13 +12,13 @@ Measurements (float16 tensors), by name:
     {block}|{transformation}|scale_start, _end
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lrquant.architectures.targets import experts_alike, linears_of, watched_inputs
 from lrquant.formats.activation_quant import quantized_activations
 from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
 from lrquant.reconstruction.block_parameters import quantized_parameters, transformed_parameters
@@ -142,7 +142,7 @@ class Observer(Callback):
         if format is None:
             return
         weights = looking.transformed()
-        for layer in looking.decided.fixed.linears:
+        for layer in looking.shown:
             weight = weights[f"{layer}.weight"]
             groups = weight.unflatten(-1, (format.groups(weight.shape[-1]), -1)).float()
             relative = groups / groups.abs().amax(-1, keepdim=True).clamp_min(1e-12)
@@ -171,6 +171,7 @@ class _Looking:
     def __init__(self, view: BlockEvent, decided: BlockDecision, x: Stream, x_hat: Stream, truth: Stream) -> None:
         self.view, self.decided, self.x, self.x_hat, self.truth = view, decided, x, x_hat, truth
         self.dtype = next(view.block.parameters()).dtype
+        self.shown = shown_linears(view.block)
 
     def original(self) -> dict[str, Tensor]:
         return {name: tensor.to(self.dtype) for name, tensor in self.decided.fixed.tensors.items()}
@@ -202,13 +203,12 @@ class _Looking:
         return [Sensitivity(layer=layer, plain=plain[layer], final=final.get(layer)) for layer in plain]
 
     def _one_by_one(self, exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor]) -> dict[str, float]:
-        modules = dict(self.view.block.named_modules())
+        linears = linears_of(self.view.block)
         errors = {}
-        for layer in self.decided.fixed.linears:
-            linear = modules[layer]
-            assert isinstance(linear, nn.Linear)
-            parameters = dict(exact) | {f"{layer}.weight": rounded[f"{layer}.weight"]}
-            with quantized_activations(self.view.block, {linear: self.decided.input_args.get(linear)}, None):
+        for layer, together in self.shown.items():
+            parameters = dict(exact) | {f"{name}.weight": rounded[f"{name}.weight"] for name in together}
+            inputs = {linears[name]: self.decided.input_args.get(linears[name]) for name in together}
+            with quantized_activations(self.view.block, inputs, None):
                 errors[layer] = self.error(self.x, parameters).relative
         return errors
 
@@ -216,7 +216,8 @@ class _Looking:
         """Distinct inputs of linears on one sample, (tokens, channels), by their first reader; all their readers."""
         inputs: dict[str, Tensor] = {}
         readers: dict[str, list[str]] = {}
-        with _watched_linears(self.view.block, inputs):
+        linears = linears_of(self.view.block)
+        with watched_inputs({name: linears[name] for name in self.shown}, inputs.setdefault):
             first = next(iter(self.x))
             self.view.call(self.x, first, parameters)
         for layer, tensor in inputs.items():
@@ -225,24 +226,11 @@ class _Looking:
         return {owner: inputs[owner].flatten(0, -2).float() for owner in readers}, readers
 
 
-@contextmanager
-def _watched_linears(block: nn.Module, inputs: dict[str, Tensor]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs.setdefault(name, args[0])
-
-        return remember
-
-    handles = [
-        module.register_forward_pre_hook(hook(name))
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def shown_linears(block: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Linears that are looked at one by one → those that are rounded with each: of experts the first stands for all."""
+    alike = {name: same for same in experts_alike(block) for name in same}
+    together = {name: alike.get(name, (name,)) for name in linears_of(block)}
+    return {name: same for name, same in together.items() if same[0] == name}
 
 
 def choose_samples(stream: Sequence[Tensor]) -> list[int]:

@@ -34,6 +34,16 @@ def can_choose_attention(model: Any) -> bool:
     return bool(type(model)._can_set_attn_implementation())
 
 
+def gated(experts: Any, gate_up: Any) -> Any:
+    """What an `experts` module makes of its gate and up projections, (tokens, 2·width) (transformers 5.0 to 5.24)."""
+    return experts._apply_gate(gate_up)
+
+
+def leave_uninitialized(module: Any) -> None:
+    """Have transformers pass over `module` when it fills in what no checkpoint holds (transformers 4 to 5.24)."""
+    module._is_hf_initialized = True
+
+
 def compile_errors() -> type[Exception]:
     """What torch.compile raises where a function cannot be compiled (torch 2.0 to 2.13)."""
     import torch

@@ -21,8 +21,9 @@ def add_bias_slots(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         part = module.get_submodule(name)
         weight: Tensor = part.weight  # type: ignore[assignment]
+        adds_its_bias = hasattr(part, "bias")  # as linears and LayerNorms do; others know of none
         part.bias = nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
-        if not isinstance(part, nn.Linear | nn.LayerNorm):
+        if not adds_its_bias:
             part.register_forward_hook(_add_bias)
 
 

@@ -82,6 +82,18 @@ class Reparameterized:
     vectors: Mapping[str, Tensor]  # full parameter name → new norm weight, norm bias or linear bias
     weight: Mapping[str, Tensor] = field(default_factory=dict)  # (out, in), in place of a linear's own
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Those whose weights change."""
+        return tuple(dict.fromkeys([*self.weight, *self.row, *self.column]))
+
+    def written(self, params: Parameters, linear: str) -> Tensor:
+        """The transformed weight of `linear`, (out, in), written out."""
+        weight = self.weight.get(linear, params[f"{linear}.weight"])
+        if linear in self.row:
+            weight = weight * self.row[linear][:, None]
+        return weight * self.column[linear] if linear in self.column else weight
+
 
 def record_scales(
     params: Parameters, equivalences: Sequence[Equivalence], learnables: Mapping[str, Tensor], edits: Edits
@@ -130,12 +142,7 @@ def applied(params: Parameters, edits: Edits) -> Reparameterized:
 def materialize(params: Parameters, changed: Reparameterized) -> dict[str, Tensor]:
     """`params` with every transformed weight written out, in full precision."""
     result = dict(params) | dict(changed.vectors)
-    for linear in dict.fromkeys([*changed.weight, *changed.row, *changed.column]):
-        weight = changed.weight.get(linear, params[f"{linear}.weight"])
-        if linear in changed.row:
-            weight = weight * changed.row[linear][:, None]
-        result[f"{linear}.weight"] = weight * changed.column[linear] if linear in changed.column else weight
-    return result
+    return result | {f"{linear}.weight": changed.written(params, linear) for linear in changed.linears}
 
 
 def spread(size: int, index: Tensor, values: Tensor, fill: float, like: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""What is quantized: linears. Whatever computes a linear's product in another form becomes linears of the same memory.
+
+    fused experts (3-D)     one linear for each expert's matrix (experts.py)
+    Conv1D (GPT-2)          a linear whose weight is the transposed view
+
+All else asks here which linears of a block are quantized. Routers and gates are not: what decides which experts a token
+goes to, or how much of a shared one is added, stays as it is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lrquant.architectures import experts
+from lrquant.runtime import compat
+
+
+def expose_linears(model: Any) -> None:
+    """Turn everything in `model` that is quantized as a linear into one, in place. The model's function stays."""
+    found = False
+    for name, module in list(model.named_modules()):
+        if experts.is_fused(module):
+            experts.separate(module)
+            found = True
+        elif (sorted_experts := experts.sorted_experts(module, model)) is not None:
+            model.set_submodule(name, sorted_experts)
+        elif isinstance(module, Conv1D):
+            model.set_submodule(name, experts.view_of(module.weight.T, module.bias))
+    for module in model.modules():  # a family's code for new models would look for what is gone
+        if experts.are_linears(module) or any(isinstance(child, experts.LinearView) for child in module.children()):
+            compat.leave_uninitialized(module)
+    if found:
+        model.set_experts_implementation(experts.IMPLEMENTATION)
+
+
+def has_exposed(model: nn.Module) -> bool:
+    """Whether something in `model` has become a linear that is none in its family's own code."""
+    return any(isinstance(module, experts.LinearView) or experts.are_sorted(module) for module in model.modules())
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of `block` that are quantized, by name within it."""
+    left = {name for mixture in mixtures_of(block) for name in mixture.gates}
+    return {
+        name: module for name, module in block.named_modules() if isinstance(module, nn.Linear) and name not in left
+    }
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in a block, by names within it."""
+
+    path: str  # of the module whose children are experts
+    experts: tuple[str, ...]  # paths of the experts
+    gates: tuple[str, ...]  # linears that weigh experts against each other, or a shared one against nothing
+
+
+def mixtures_of(block: nn.Module) -> list[Mixture]:
+    """The mixtures of experts in `block`: modules with two or more experts of one kind, each with linears."""
+    found = []
+    for path, module in block.named_modules():
+        parts = _experts_in(module)
+        if parts:
+            parent = path.rpartition(".")[0]
+            gates = _gates(block.get_submodule(parent), path.removeprefix(f"{parent}."), len(parts))
+            names = tuple(f"{path}.{name}" for name in parts)
+            found.append(Mixture(path, names, tuple(f"{parent}.{gate}" if parent else gate for gate in gates)))
+    return found
+
+
+def experts_alike(block: nn.Module) -> list[tuple[str, ...]]:
+    """Linears that play the same part in all experts of a mixture, by name: all `gate_proj`, all `up_proj`, …"""
+    found: dict[tuple[str, str], list[str]] = {}
+    for mixture in mixtures_of(block):
+        for expert in mixture.experts:
+            for name in linears_of(block.get_submodule(expert)):
+                found.setdefault((mixture.path, name), []).append(f"{expert}.{name}")
+    return [tuple(names) for names in found.values()]
+
+
+def _experts_in(module: nn.Module) -> list[str]:
+    """Names of the children of `module` that are experts."""
+    if not (experts.are_linears(module) or isinstance(module, nn.ModuleList)):
+        return []
+    children = {name: child for name, child in module.named_children() if name.isdecimal()}
+    alike = len({type(child) for child in children.values()}) == 1 and len(children) > 1
+    linears = [any(map(is_linear, child.modules())) and not is_linear(child) for child in children.values()]
+    return list(children) if alike and all(linears) else []
+
+
+def _gates(parent: nn.Module, own: str, count: int) -> list[str]:
+    """Linears beside `count` experts, which are `parent`'s child `own`, that stand alone and give a number for each."""
+    found = []
+    for child, module in parent.named_children():
+        linears = [(name, part) for name, part in module.named_modules(prefix=child) if isinstance(part, nn.Linear)]
+        if child != own and len(linears) == 1 and linears[0][1].out_features in (1, count):
+            found.append(linears[0][0])
+    return found
+
+
+@contextmanager
+def watched_inputs(
+    linears: Mapping[str, nn.Module], seen: Callable[[str, Tensor], object], first: bool = False
+) -> Iterator[None]:
+    """Within, `seen(name, input)` hears of every input of `linears`; `first`: before any other hook changes it."""
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen(name, inputs[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name), prepend=first) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

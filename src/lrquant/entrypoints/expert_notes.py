@@ -1,0 +1,36 @@
+"""What a user should know of a result's experts: how they are stored, and which of them calibration hardly reached."""
+
+from collections.abc import Sequence
+
+from lrquant.reconstruction.result import Reconstruction
+
+FEW = 16  # tokens: less than one for each value of a four-bit grid
+MOST_NAMES = 3
+
+
+def expert_notes(result: Reconstruction) -> list[str]:
+    """A sentence for each thing worth knowing."""
+    notes = []
+    if result.own_layout:
+        notes.append(
+            "Some linears are fused or transposed in the model's own code, where plain transformers cannot unpack this "
+            "format: the checkpoint loads only after `import lrquant`. Of most families, experts with symmetric "
+            "weight-only integers load without."
+        )
+    seen = {
+        f"{path}.{expert}": tokens
+        for path, record in zip(result.block_paths, result.records, strict=False)
+        for expert, tokens in record.expert_tokens.items()
+    }
+    none = [expert for expert, tokens in seen.items() if tokens == 0]
+    few = [expert for expert, tokens in seen.items() if 0 < tokens < FEW]
+    for experts, what in ((none, "no calibration token"), (few, f"fewer than {FEW} calibration tokens")):
+        if experts:
+            notes.append(
+                f"{len(experts)} of {len(seen)} experts saw {what} ({_shortened(experts)}); take more samples."
+            )
+    return notes
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
