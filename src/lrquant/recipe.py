@@ -81,7 +81,9 @@ class Recipe(BaseModel):
     )
 
     # The learning.
-    loss: Literal["mse", "mse+nlc"] = Field("mse+nlc", description="Reconstruction loss")
+    loss: Literal["mse", "mse+nlc", "balanced"] = Field(
+        "mse+nlc", description="Reconstruction loss; balanced: relative improvements of error and NLC count alike"
+    )
     two_branch: bool = Field(False, description="Targets from the original's own stream and from the quantized one")
     dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
     rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
@@ -330,8 +332,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lrquant": {},
     "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
     "lrquant-max": {
+        "loss": "balanced",
         "two_branch": True,
-        "dynamic_loss": True,
         "rotation": True,
         "rounding": "learned",
         "epochs": 10,
@@ -400,7 +402,7 @@ def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
 # learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "omniquant": {"let": False},
-    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
+    "lrquant-max": {"two_branch": False, "rotation": False, "tuning_epochs": 4},
 }
 
 # What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.

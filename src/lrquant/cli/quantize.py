@@ -34,6 +34,7 @@ class Init(StrEnum):
 class Loss(StrEnum):
     mse = "mse"
     mse_nlc = "mse+nlc"
+    balanced = "balanced"
 
 
 class Schedule(StrEnum):

@@ -107,7 +107,7 @@ def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstr
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
         notes.append(
-            f"Learning did not help blocks {', '.join(map(str, undone))}: they keep their initial transformation."
+            f"Learning did not help blocks {', '.join(map(str, undone))}: they stayed at their start."
         )
     recovered = [record.index for record in result.records if record.recoveries]
     if recovered:

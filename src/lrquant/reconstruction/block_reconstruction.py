@@ -91,7 +91,7 @@ class Learn:
             )
             if rival is not None:
                 now = forward.fixed_function(rival.parameters, task.quantized, targets, recipe.loss)
-                learned = or_present(learned, now, len(run.samples), forward.batch, run.machine.ranks)
+                learned = or_present(learned, now, len(run.samples), forward.batch, recipe, ranks=run.machine.ranks)
             frozen = freeze(begun.fixed, learned.learnables)
             scales = forward.static_scales(task.quantized, frozen, recipe.scheme, run.storage_dtype)
             frozen = replace(frozen, static_scales=scales)

@@ -5,22 +5,37 @@ from typing import Any, Literal
 
 Outcome = Literal["initial", "learned", "best epoch", "kept initial", "kept present"]
 
+# Outcomes for people.
+OUTCOME_WORDS: dict[str, str] = {
+    "initial": "nothing to learn",
+    "learned": "learned",
+    "best epoch": "went back to its best epoch",
+    "kept initial": "stayed at its start: learning did not help",
+    "kept present": "unchanged: adaptation did not help",
+}
+
 
 @dataclass
 class BlockRecord:
-    """One block's story. Losses are the recipe's reconstruction loss, plain MSE or MSE + NLC."""
+    """One block's story. Losses are the recipe's reconstruction loss (losses.value).
+
+    Of a loss with two terms, learning is kept where the terms' average ratio to what they were at the start is at most
+    one (losses.no_worse): the sum may then have grown, where one token's error is most of it.
+    """
 
     index: int
     initial_loss: float
     final_loss: float
     outcome: Outcome
-    # "initial": nothing to learn; "kept initial": learning ended worse and was undone;
-    # "kept present": an adapted block would have been worse than the checkpoint's
     epoch_losses: list[float] = field(default_factory=list)
     recoveries: int = 0  # times that a non-finite loss or gradient sent learning back
     seconds: float = 0.0
     cosine: float = 0.0  # mean cosine similarity of the quantized block's output to the full-precision model's
     epochs_left: int = 0  # that an early stop left out
+
+    @property
+    def outcome_words(self) -> str:
+        return OUTCOME_WORDS[self.outcome]
 
     @property
     def seconds_saved(self) -> float:
