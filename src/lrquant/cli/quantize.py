@@ -162,7 +162,10 @@ def quantize(
     epochs: Annotated[
         int | None, typer.Option(help="Passes over the samples per block.", show_default="6; lrquant-max: 24")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="4; lrquant-max: 8")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Samples per step.", show_default="4; lrquant-max: 8, fewer with fewer than 128 samples"),
+    ] = None,
     lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
     let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
     let_lr: Annotated[

@@ -106,9 +106,7 @@ def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstr
         notes.append("The model answers without logits: it was not tuned as a whole.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
-        notes.append(
-            f"Learning did not help blocks {', '.join(map(str, undone))}: they stayed at their start."
-        )
+        notes.append(f"Learning did not help blocks {', '.join(map(str, undone))}: they stayed at their start.")
     recovered = [record.index for record in result.records if record.recoveries]
     if recovered:
         notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")
