@@ -22,6 +22,18 @@ class Perplexity:
     window_losses: tuple[float, ...] = field(default=(), repr=False)  # mean negative log-likelihood of each window
 
 
+def windows_of(ids: Tensor, seqlen: int, limit_windows: int | None) -> Tensor:
+    """`ids` (tokens,) cut into windows, (windows, seqlen); a last, shorter piece is left out.
+
+    Raises:
+        UsageError: the text is shorter than one window.
+    """
+    rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit_windows]
+    if len(rows) == 0:
+        raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
+    return rows
+
+
 @torch.no_grad()
 def perplexity(
     model: Any,
@@ -39,9 +51,7 @@ def perplexity(
     Raises:
         UsageError: the text is shorter than one window.
     """
-    rows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:limit_windows]
-    if len(rows) == 0:
-        raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
+    rows = windows_of(ids, seqlen, limit_windows)
     device = next(model.parameters()).device
     losses: list[float] = []
     mine = rows[ranks.rank :: ranks.world]
