@@ -31,7 +31,7 @@ from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.formats import Factors, NumberFormat, kernels
 from lrquant.formats import activation_quant as activations
 from lrquant.formats.activation_quant import quantized_activations, route_attention
-from lrquant.losses import terms
+from lrquant.losses import objective, terms
 from lrquant.reconstruction import block_parameters as parameters
 from lrquant.reconstruction.block_forward import BlockForward
 from lrquant.reconstruction.block_optimizer import learn
@@ -207,9 +207,9 @@ def main(
             forward = run.forward_function(fixed, stream, targets, chosen, graph)
 
             def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
-                squared, direction = terms(forward(learnables, range(batch)))
+                parts = [part for part in terms(forward(learnables, range(batch))) if part is not None]
                 optimizer.zero_grad()
-                (squared + direction).backward()
+                objective(parts, recipe.loss).backward()
                 optimizer.step()
 
             began = time.perf_counter()

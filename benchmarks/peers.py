@@ -34,7 +34,7 @@ from lrquant.evaluation import perplexity
 from lrquant.loading.pretrained import load_model, load_tokenizer
 from lrquant.recipe import PRESETS
 from methods import recipe_of
-from peers_table import FULL, OURS, PEERS, ROWS, append_line, fitted, impossible, overview, read_lines, table
+from peers_table import FULL, MORE_ROWS, OURS, PEERS, ROWS, append_line, fitted, impossible, overview, read_lines, table
 
 SCRIPTS = Path(__file__).parent / "peers"
 SOURCE = Path(lrquant.__file__).parent.parent
@@ -157,7 +157,9 @@ def chosen(names: str, separator: str | None, known: Iterable[str]) -> list[str]
 def main(
     json_file: Annotated[Path, typer.Option("--json", help="Results, one a line; what is there is not redone.")],
     model: Annotated[str, typer.Option(help="A bundled model, a folder or a hub name.")] = "zoo:llama",
-    rows: Annotated[str, typer.Option(help="Number formats, separated by commas.")] = ",".join(ROWS),
+    rows: Annotated[str, typer.Option(help="Number formats, separated by commas.")] = ",".join(
+        row for row in ROWS if row not in MORE_ROWS
+    ),
     methods: Annotated[str, typer.Option(help="Methods, separated by spaces.")] = " ".join([*OURS, *PEERS]),
     seeds: int = 3,
     samples: int = 128,

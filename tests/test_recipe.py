@@ -259,3 +259,10 @@ def test_shift_on_means_on_in_yaml_too(tmp_path: Path) -> None:
     for written, meant in (("on", "on"), ("off", "off"), ("auto", "auto")):
         (tmp_path / "recipe.yaml").write_text(f"shift: {written}\n")
         assert Recipe.from_yaml(tmp_path / "recipe.yaml").shift == meant
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(1, 1), (8, 1), (32, 2), (64, 4), (128, 8), (1024, 8)])
+def test_lrquant_max_takes_smaller_steps_with_fewer_samples(samples: int, batch: int) -> None:
+    assert Recipe.preset("lrquant-max", nsamples=samples).batch_size == batch
+    assert Recipe.preset("lrquant-max", nsamples=samples, batch_size=8).batch_size == 8
+    assert Recipe.preset("lrquant", nsamples=samples).batch_size == 4

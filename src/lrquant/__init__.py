@@ -19,7 +19,7 @@ from lrquant._registration import register_configuration, register_quantizer
 
 if TYPE_CHECKING:
     from lrquant.entrypoints.adapt import adapt
-    from lrquant.entrypoints.evaluate import evaluate, evaluate_answers, evaluate_images
+    from lrquant.entrypoints.evaluate import compare_predictions, evaluate, evaluate_answers, evaluate_images
     from lrquant.entrypoints.quantize import quantize
     from lrquant.entrypoints.results import Adapted, Quantized
     from lrquant.errors import LrquantError, UsageError
@@ -33,6 +33,7 @@ _HOME = {
     "adapt": "lrquant.entrypoints.adapt",
     "Adapted": "lrquant.entrypoints.results",
     "quantize": "lrquant.entrypoints.quantize",
+    "compare_predictions": "lrquant.entrypoints.evaluate",
     "evaluate": "lrquant.entrypoints.evaluate",
     "evaluate_answers": "lrquant.entrypoints.evaluate",
     "evaluate_images": "lrquant.entrypoints.evaluate",
@@ -52,6 +53,7 @@ __all__ = [
     "Recipe",
     "UsageError",
     "adapt",
+    "compare_predictions",
     "evaluate",
     "evaluate_answers",
     "evaluate_images",

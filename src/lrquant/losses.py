@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
+LEAST_TERM = 1e-16
 
 
 def mse(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over every element."""
     return torch.nn.functional.mse_loss(_wide(output), _wide(target))
+
+
+def norm_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |y_q − y_fp|² / |y_fp|: a token's squared relative error, weighted by its norm.
+
+    MSE weights that relative error by the norm squared. In models whose first token has a hundred times the others'
+    norm it is then the error of one token. Relative error alone weights all tokens alike, and loses precisely that
+    token, which all others attend to. Norms below 1e-8 count as 1e-8.
+    """
+    wanted = _wide(target)
+    squared = (_wide(output) - wanted).square().sum(-1)
+    return (squared / wanted.square().sum(-1).sqrt().clamp_min(EPSILON)).mean()
 
 
 def nlc(output: Tensor, target: Tensor) -> Tensor:
@@ -43,11 +56,16 @@ def divergence(output: Tensor, target: Tensor) -> Tensor:
 
 
 # What a loss is made of: means over samples, which ranks can add up.
-MEANS = {"mse": (mse,), "mse+nlc": (mse, mean_cosine), "divergence": (divergence,)}
+MEANS = {
+    "mse": (mse,),
+    "mse+nlc": (mse, mean_cosine),
+    "balanced": (norm_error, mean_cosine),
+    "divergence": (divergence,),
+}
 
 
 def means(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
-    """The means that the loss `kind` is made of, for each target: squared errors or divergences, then cosines, in rows.
+    """The means that the loss `kind` is made of, for each target: errors or divergences, then cosines, in rows.
 
     (1, targets) or (2, targets), float32 at least; differentiable.
     """
@@ -60,13 +78,40 @@ def no_means(targets: int, kind: str, device: torch.device) -> Tensor:
 
 
 def terms(found: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(Σ MSE or divergence, Σ NLC or None) over the targets, from `means` of a whole batch."""
+    """(Σ error or divergence, Σ NLC or None) over the targets, from `means` of a whole batch."""
     first, *cosines = found
     return first.sum(), nlc_of(cosines[0]).sum() if cosines else None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def value(terms: Sequence[Tensor], kind: str) -> Tensor:
+    """What is reported of a loss: the sum of its terms; of `balanced`, their geometric mean."""
+    if kind != "balanced":
+        return torch.stack(list(terms)).sum()
+    return torch.stack([term.clamp_min(LEAST_TERM).log() for term in terms]).mean().exp()
+
+
+def objective(terms: Sequence[Tensor], kind: str) -> Tensor:
+    """What is minimised: the loss's value; of `balanced`, its logarithm.
+
+    The gradient ∑ ∇lossᵢ / lossᵢ (over the number of terms) then weighs relative improvements of both terms alike, from
+    the first step on and on every scale; a term at or below 1e-16 has none.
+    """
+    found = value(terms, kind)
+    return found.log() if kind == "balanced" else found
+
+
+def no_worse(after: Sequence[float], before: Sequence[float]) -> bool:
+    """Whether a loss's terms have fallen, or stayed, on average of their ratios; NaN is worse.
+
+    The sum of MSE and NLC would be the MSE alone wherever one token's error is large.
+    """
+    if len(after) == 1:
+        return after[0] <= before[0]
+    return sum(now / max(then, EPSILON) for now, then in zip(after, before, strict=True)) <= len(after)
 
 
 class RunningBalance:

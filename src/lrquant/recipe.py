@@ -154,8 +154,11 @@ class Recipe(BaseModel):
     rounding: Literal["nearest", "learned", "gptq"] = setting(
         "nearest", Panel.METHOD, "Round weights to the nearest integer, by learned offsets, or by GPTQ"
     )
-    loss: Literal["mse", "mse+nlc"] = setting(
-        "mse+nlc", Panel.METHOD, "Reconstruction loss; NLC is the negative logarithm of the cosine", rare=True
+    loss: Literal["mse", "mse+nlc", "balanced"] = setting(
+        "mse+nlc",
+        Panel.METHOD,
+        "Reconstruction loss; NLC is the negative logarithm of the cosine; balanced: log error + log NLC",
+        rare=True,
     )
     two_branch: bool = setting(
         False, Panel.METHOD, "LRQuant+: also match what the full-precision block makes of the same input", rare=True
@@ -541,6 +544,9 @@ def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False)
         values |= FEW_BITS.get(method, {})
     elif coarse:
         values |= COARSE_WEIGHTS.get(method, {})
+    samples = chosen.get("nsamples", Recipe.model_fields["nsamples"].default)
+    if method in SAMPLES_OF_A_STEP and isinstance(samples, int):
+        values["batch_size"] = max(1, min(values["batch_size"], samples // SAMPLES_OF_A_STEP[method]))
     if paper_exact:
         values |= _paper_exact(method, chosen)
     return values | _format_defaults(chosen)
@@ -586,6 +592,10 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
 # What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.
 FEW_ACTIVATION_BITS = 6
 FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"rotate": ("auto",)}}
+
+# A step takes one of so many samples, up to the preset's batch size: learned rounding would have too few steps with few
+# samples (docs/benchmarks.md).
+SAMPLES_OF_A_STEP = {"lrquant-max": 16}
 
 # What a preset changes for weights of fewer integer bits than these and for four-bit floats, unless coarse activations
 # drown what more epochs bring (docs/benchmarks.md).

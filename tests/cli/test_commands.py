@@ -120,7 +120,7 @@ def test_progress_goes_to_standard_error_line_by_line(tiny: Path, tmp_path: Path
         "--save-dir",
         tmp_path / "out",
     )
-    assert "block 2/2" in done.stderr
+    assert "block 1 (2/2)" in done.stderr
     assert "it/s" not in done.stderr
     assert "block" not in done.stdout.split("saved to")[0]
 

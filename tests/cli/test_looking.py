@@ -123,7 +123,7 @@ def test_the_log_has_everything_also_when_quiet(tiny: Path, tmp_path: Path) -> N
     log = tmp_path / "run.log"
     lrquant("quantize", tiny, "--save-dir", tmp_path / "out", *QUICK, "--quiet", "--log-file", log)
     text = log.read_text()
-    assert "block 2/2" in text
+    assert "block 1 (2/2)" in text
     assert "bits per quantized weight" in text
     assert "\x1b[" not in text
     lrquant("quantize", tiny, "--save-dir", tmp_path / "out", *QUICK, "--log-file", log)  # it is there already

@@ -278,7 +278,7 @@ def test_torchrun_on_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved to") == 1
     assert done.stdout.count("3 windows of 32") == 1
-    assert done.stderr.count("block 2/2") == 1
+    assert done.stderr.count("block 1 (2/2)") == 1
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "tiny"]
     again = torchrun(tmp_path, "-m", "lrquant", "eval", "out", "--ppl", text, "--seqlen", 32, "--json", "two.json")
     assert again.returncode == 0, again.stderr

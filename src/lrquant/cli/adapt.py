@@ -93,7 +93,11 @@ def adapt(
             report_adapted(adapted, observer, subject, metrics=metrics)
     rows = [[f"perplexity {name}", f"{before[name].value:.3f}", f"{after[name].value:.3f}"] for name in before]
     rows += [
-        [f"block {record.index}, loss ({record.outcome})", f"{record.initial_loss:.4g}", f"{record.final_loss:.4g}"]
+        [
+            f"block {record.index}, loss ({record.outcome_words})",
+            f"{record.initial_loss:.4g}",
+            f"{record.final_loss:.4g}",
+        ]
         for record in adapted.records
     ]
     console.table(f"{save_dir}, adapted to {data}, {adapted.seconds:.1f} s", ["", "before", "after"], rows)

@@ -170,7 +170,7 @@ class BlockProgress(Callback):
                 self.bar.start()
             self.measuring = self.bar.add_task("Measuring what bits are worth", total=blocks, loss="")
         self.bar.update(self.measuring, completed=done, visible=done < blocks)
-        progress.line(f"{self.title}: block {done}/{blocks} measured")
+        progress.line(f"{self.title}: {done}/{blocks} blocks measured")
 
     def started(self, blocks: int, epochs: int) -> None:
         self.blocks, self.steps = blocks, max(1, epochs)
@@ -185,8 +185,8 @@ class BlockProgress(Callback):
         done = record.index + 1
         self.bar.update(self.task, completed=done * self.steps)
         progress.line(
-            f"{self.title}: block {done}/{self.blocks}, loss {record.initial_loss:.4g} -> {record.final_loss:.4g} "
-            f"({record.outcome}), cosine {record.cosine:.5f}, {record.seconds:.1f} s"
+            f"{self.title}: block {record.index} ({done}/{self.blocks}), loss {record.initial_loss:.4g} -> "
+            f"{record.final_loss:.4g} ({record.outcome_words}), cosine {record.cosine:.5f}, {record.seconds:.1f} s"
         )
         if done == self.blocks:
             self.stop()

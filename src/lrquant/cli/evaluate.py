@@ -16,6 +16,10 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME|PATH", help="Text: wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a file, a folder."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="On these texts, also compare the predictions with this model's."),
+    ] = None,
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens per window.", show_default="2048 or the model's most")
     ] = None,
@@ -43,6 +47,8 @@ def evaluate(
             "pictures with --images (zoo:shapes), or questions with --vqa (zoo:shapes-vqa)"
         )
     console.check_output(json)
+    if against is not None and not ppl:
+        raise UsageError("--against compares predictions on a text: name one with --ppl")
     figures: dict[str, Any] = {"model": model}
     first = console.speaks()
     if (images or vqa) and first:
@@ -55,6 +61,7 @@ def evaluate(
         return
 
     from lrquant.cli.tasks import measure_tasks, show_tasks, split_tasks
+    from lrquant.entrypoints.evaluate import compare_predictions
     from lrquant.entrypoints.evaluate import evaluate as measure
     from lrquant.loading.auto_class import modality_of
     from lrquant.loading.checkpoint import load
@@ -65,7 +72,7 @@ def evaluate(
     began = time.perf_counter()
     loaded = load(model, compute_dtype(dtype.value, pick_device(device)), trust_remote_code)
     tokenizer = load_processor(model, modality_of(loaded), trust_remote_code)
-    measured = {}
+    measured, compared = {}, {}
     if ppl:
         with console.counting("Measuring perplexity") as told:
             measured = measure(
@@ -77,6 +84,20 @@ def evaluate(
                 device=device,
                 callback=told,
             )
+    if ppl and against is not None:
+        with console.counting("Comparing predictions") as told:
+            compared = compare_predictions(
+                loaded,
+                against,
+                ppl,
+                seqlen=seqlen,
+                limit_windows=limit_windows,
+                tokenizer=tokenizer,
+                device=device,
+                dtype=dtype.value,
+                trust_remote_code=trust_remote_code,
+                callback=told,
+            )
     leave()
     if not first:
         return
@@ -85,6 +106,9 @@ def evaluate(
     if measured:
         rows = [[name, f"{r.value:.4f}", str(r.windows), str(r.seqlen)] for name, r in measured.items()]
         console.table(f"{model}, {seconds:.1f} s", ["text", "perplexity", "windows", "tokens each"], rows)
+    if compared:
+        rows = [[name, f"{each.divergence:.4f}", f"{100 * each.top1:.1f}"] for name, each in compared.items()]
+        console.table(f"against {against}", ["text", "KL divergence, nats a token", "same top token, %"], rows)
     show_tasks(by_task)
     console.write_json(
         json,
@@ -93,6 +117,7 @@ def evaluate(
             "seconds": seconds,
             "perplexity": {name: result.value for name, result in measured.items()},
             "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
+            "agreement": {name: {"divergence": r.divergence, "top1": r.top1} for name, r in compared.items()},
             "tasks": by_task.results,
         },
     )

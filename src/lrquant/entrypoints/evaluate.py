@@ -15,9 +15,11 @@ from lrquant.calibration.sentences import sentences
 from lrquant.calibration.text import evaluation_ids, read_text, text_name
 from lrquant.errors import UsageError
 from lrquant.evaluation import (
+    Agreement,
     AnswerQuality,
     ImageAccuracy,
     Perplexity,
+    agreement,
     answer_quality,
     image_accuracy,
     perplexity,
@@ -140,6 +142,47 @@ def evaluate_embeddings(
             embedded = {name: embed(*ready.pair, texts, seqlen=seqlen) for name, texts in chosen.items()}
             found.append(embedded)
     return {source: compare_embeddings(found[0][source], found[1][source]) for source in sources}
+
+
+def compare_predictions(
+    model_or_path: Any,
+    original: Any,
+    texts: Sequence[str],
+    *,
+    seqlen: int | None = None,
+    limit_windows: int | None = None,
+    tokenizer: Any = None,
+    **how: Unpack[Measuring],
+) -> dict[str, Agreement]:
+    """KL divergence of a model's predictions from those of its `original`, and how often both predict the same token,
+    on each of `texts`; windows and arguments as in `evaluate`. Both models are in memory at once.
+
+    Raises:
+        UsageError: a model does not take text, a text cannot be found, or the vocabularies differ.
+    """
+    with _ready(model_or_path, tokenizer, how) as ready, _ready(original, tokenizer, how) as other:
+        if ready.processor is None:
+            raise UsageError("a model in memory needs its tokenizer to be evaluated on text")
+        if "image" in (modality_of(ready.model), modality_of(other.model)):
+            raise UsageError("this model takes image, not text: it predicts no tokens")
+        tokenizer = getattr(ready.processor, "tokenizer", ready.processor)
+        seqlen = window(ready.model.config.get_text_config(), seqlen)
+        ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
+        ready.to_device()
+        other.to_device()
+        ranks = join(ready.device)
+        return {
+            name: agreement(
+                ready.model,
+                other.model,
+                tokens,
+                seqlen=seqlen,
+                limit_windows=limit_windows,
+                told=ready.callback,
+                ranks=ranks,
+            )
+            for name, tokens in ids.items()
+        }
 
 
 def evaluate_images(

@@ -111,9 +111,7 @@ def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list
         notes.append(f"Zero throughout in the source, and so in the result: {', '.join(result.zero)}.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
-        notes.append(
-            f"Learning did not help blocks {', '.join(map(str, undone))}: they keep their initial transformation."
-        )
+        notes.append(f"Learning did not help blocks {', '.join(map(str, undone))}: they stayed at their start.")
     recovered = [record.index for record in result.records if record.recoveries]
     if recovered:
         notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")

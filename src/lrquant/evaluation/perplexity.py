@@ -26,6 +26,20 @@ class Perplexity:
     bos: bool = False  # whether every window began with the BOS token
 
 
+def windows_of(ids: Tensor, seqlen: int, limit_windows: int | None, lead: int | None = None) -> Tensor:
+    """`ids` (tokens,) cut into windows, (windows, seqlen), each behind the token `lead` where there is one.
+
+    A last, shorter piece is left out.
+
+    Raises:
+        UsageError: the text is shorter than one window.
+    """
+    rows = windows(ids, seqlen, lead)[:limit_windows]
+    if len(rows) == 0:
+        raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
+    return rows
+
+
 @torch.no_grad()
 def perplexity(
     model: Any,
@@ -44,9 +58,7 @@ def perplexity(
     Raises:
         UsageError: the text is shorter than one window.
     """
-    rows = windows(ids, seqlen, lead)[:limit_windows]
-    if len(rows) == 0:
-        raise UsageError(f"the evaluation text has {len(ids)} tokens, less than one window of {seqlen}")
+    rows = windows_of(ids, seqlen, limit_windows, lead)
     device = next(model.parameters()).device
     losses: list[float] = []
     mine = rows[ranks.rank :: ranks.world]

@@ -61,7 +61,8 @@ def tune(run: Run) -> tuple[list[FrozenBlock], Tuning | None]:
 
     Activations are being quantized. A model that answers without logits stays as it is.
     """
-    recipe = run.recipe.changed(epochs=run.recipe.tuning_epochs, two_branch=False, dynamic_loss=False)
+    # `mse` stands for a loss of one term, which the divergence is.
+    recipe = run.recipe.changed(epochs=run.recipe.tuning_epochs, two_branch=False, dynamic_loss=False, loss="mse")
     samples, ranks, told = run.own_samples, run.machine.ranks, run.callback.tuned
     whole = Whole(run.model, run.result.block_paths, run.result.frozen, run.storage_dtype, run.machine.device)
     with _rest_on_device(whole):

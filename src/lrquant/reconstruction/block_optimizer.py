@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrquant.losses import RunningBalance, terms
+from lrquant.losses import RunningBalance, no_worse, objective, terms, value
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.learnables import Learnables, keep_within_bounds, parameter_groups
 from lrquant.reconstruction.records import Outcome
@@ -37,14 +37,13 @@ class Learned:
     epoch_losses: list[float]
     recoveries: int
     epochs_left: int = 0  # not needed: the loss had flattened
+    final_terms: Sequence[float] = ()  # what `final_loss` is made of
 
 
-def batch_loss(
-    forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE
-) -> tuple[Tensor, Tensor | None]:
+def batch_loss(forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE) -> list[Tensor]:
     """The loss's terms over the samples `part`, the same on every rank; a rank may hold none of them."""
     mine = ranks.own(part)
-    return terms(ranks.mean(forward(learnables, mine), len(mine) / len(part)))
+    return [term for term in terms(ranks.mean(forward(learnables, mine), len(mine) / len(part))) if term is not None]
 
 
 def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
@@ -67,15 +66,12 @@ def measure(
     samples: int,
     batch: int,
     ranks: Ranks = ALONE,
-) -> float:
-    """Mean loss over up to `MOST_MEASURED` samples, spread evenly."""
+) -> list[float]:
+    """Means of the loss's terms over up to `MOST_MEASURED` samples, spread evenly."""
     chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
-    total = 0.0
-    for start in range(0, len(chosen), batch):
-        part = chosen[start : start + batch]
-        squared, direction = batch_loss(forward, learnables, part, ranks)
-        total += float(squared if direction is None else squared + direction) * len(part)
-    return total / len(chosen)
+    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
+    found = [[float(term) * len(part) for term in batch_loss(forward, learnables, part, ranks)] for part in parts]
+    return [sum(column) / len(chosen) for column in zip(*found, strict=True)]
 
 
 @timed("steps")
@@ -94,11 +90,12 @@ def learn(
     `samples` and `batch` count those of all ranks.
     """
     before = measure(forward, initial, samples, batch, ranks)
+    initial_loss = reported(before, recipe.loss)
     if not recipe.epochs or not initial:
-        return Learned(initial, "initial", before, before, [], 0)
+        return Learned(initial, "initial", initial_loss, initial_loss, [], 0, final_terms=before)
 
     current = {name: tensor.clone().requires_grad_() for name, tensor in initial.items()}
-    best, best_loss = _copy(initial), before if math.isfinite(before) else math.inf
+    best, best_loss = initial, initial_loss if math.isfinite(initial_loss) else math.inf
     epoch_losses: list[float] = []
     recoveries = epochs_left = 0
     generator = torch.Generator().manual_seed(seed)
@@ -110,17 +107,16 @@ def learn(
         total = torch.zeros((), device=device)
         for start in range(0, samples, batch):
             part = sorted(order[start : start + batch])
-            squared, direction = batch_loss(forward, current, part, ranks)
-            parts = [squared] if direction is None else [squared, direction]
-            loss = balance(*parts) if balance else sum(parts)
+            parts = batch_loss(forward, current, part, ranks)
+            loss = balance(*parts) if balance else objective(parts, recipe.loss)
             optimizer.zero_grad()
-            if loss.requires_grad:  # type: ignore[union-attr] # else this rank holds none of the batch
-                loss.backward()  # type: ignore[union-attr]
+            if loss.requires_grad:  # else this rank holds none of the batch
+                loss.backward()
             ranks.sum_gradients(list(current.values()))
             optimizer.step()
             schedule.step()
             keep_within_bounds(current)
-            total += sum(each.detach() for each in parts) * len(part)
+            total += value(parts, recipe.loss).detach() * len(part)
         ranks.follow([total, *current.values()])
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
         if bool(torch.isfinite(total)) and _are_finite(current):
@@ -142,12 +138,18 @@ def learn(
     final = _copy(current)
     after = measure(forward, final, samples, batch, ranks)
     outcome: Outcome = "learned"
-    if not after <= before:  # also when `after` is NaN
+    if not no_worse(after, before) and best is not initial:
         final, outcome = best, "best epoch"
         after = measure(forward, final, samples, batch, ranks)
-    if not after <= before:
+    if not no_worse(after, before):
         final, outcome, after = initial, "kept initial", before
-    return Learned(final, outcome, before, after, epoch_losses, recoveries, epochs_left)
+    final_loss = reported(after, recipe.loss)
+    return Learned(final, outcome, initial_loss, final_loss, epoch_losses, recoveries, epochs_left, after)
+
+
+def reported(measured: Sequence[float], kind: str) -> float:
+    """The loss whose terms are `measured`, in one number."""
+    return float(value([torch.tensor(term, dtype=torch.float64) for term in measured], kind))
 
 
 def has_flattened(losses: Sequence[float], share: float) -> bool:
@@ -155,11 +157,16 @@ def has_flattened(losses: Sequence[float], share: float) -> bool:
     return share > 0 and len(losses) > FLAT_EPOCHS and losses[-1] > (1 - share) * losses[-1 - FLAT_EPOCHS]
 
 
-def or_present(learned: Learned, present: Forward, samples: int, batch: int, ranks: Ranks = ALONE) -> Learned:
+def or_present(
+    learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe, *, ranks: Ranks = ALONE
+) -> Learned:
     """`learned`, unless the block as it is at present answers better."""
-    loss = measure(present, {}, samples, batch, ranks)
+    now = measure(present, {}, samples, batch, ranks)
+    loss = reported(now, recipe.loss)
     learned = replace(learned, initial_loss=loss)
-    return learned if learned.final_loss <= loss else replace(learned, outcome="kept present", final_loss=loss)
+    if no_worse(learned.final_terms, now):
+        return learned
+    return replace(learned, outcome="kept present", final_loss=loss, final_terms=now)
 
 
 def _are_finite(learnables: Learnables) -> bool:

@@ -92,7 +92,7 @@ class Learn:
             )
             if rival is not None:
                 now = forward.fixed_function(rival.parameters, task.quantized, targets, recipe.loss)
-                learned = or_present(learned, now, len(run.samples), forward.batch, run.machine.ranks)
+                learned = or_present(learned, now, len(run.samples), forward.batch, recipe, ranks=run.machine.ranks)
         return self.finish(task, begun, learned, rival=rival)
 
     def finish(self, task: BlockTask, begun: Begun, learned: Learned, *, rival: Rival | None = None) -> BlockOutcome:

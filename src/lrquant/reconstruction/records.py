@@ -5,17 +5,28 @@ from typing import Any, Literal
 
 Outcome = Literal["initial", "learned", "best epoch", "kept initial", "kept present"]
 
+# Outcomes for people.
+OUTCOME_WORDS: dict[str, str] = {
+    "initial": "nothing to learn",
+    "learned": "learned",
+    "best epoch": "went back to its best epoch",
+    "kept initial": "stayed at its start: learning did not help",
+    "kept present": "unchanged: adaptation did not help",
+}
+
 
 @dataclass
 class BlockRecord:
-    """One block's story. Losses are the recipe's reconstruction loss, plain MSE or MSE + NLC."""
+    """One block's story. Losses are the recipe's reconstruction loss (losses.value).
+
+    Of a loss with two terms, learning is kept where the terms' average ratio to what they were at the start is at most
+    one (losses.no_worse): the sum may then have grown, where one token's error is most of it.
+    """
 
     index: int
     initial_loss: float
     final_loss: float
     outcome: Outcome
-    # "initial": nothing to learn; "kept initial": learning ended worse and was undone;
-    # "kept present": an adapted block would have been worse than the checkpoint's
     epoch_losses: list[float] = field(default_factory=list)
     recoveries: int = 0  # times that a non-finite loss or gradient sent learning back
     seconds: float = 0.0
@@ -24,6 +35,10 @@ class BlockRecord:
     expert_tokens: dict[str, int] = field(
         default_factory=dict
     )  # expert's path in the block → calibration tokens it saw
+
+    @property
+    def outcome_words(self) -> str:
+        return OUTCOME_WORDS[self.outcome]
 
     @property
     def seconds_saved(self) -> float:

@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lrquant.losses import no_worse
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_optimizer import Learned, learn, measure
+from lrquant.reconstruction.block_optimizer import Learned, learn, measure, reported
 from lrquant.reconstruction.block_parameters import gptq_offsets, quantized_parameters
 from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.reconstruction.fixed_parameters import BlockParameters
@@ -48,7 +49,9 @@ def solve(
         return learned
     compensated = _compensated(run, fixed, learned.learnables, stream)
     after = measure(forward, compensated, run.samples, run.batch, run.ranks)
-    return replace(learned, learnables=compensated, final_loss=after) if after <= learned.final_loss else learned
+    if not no_worse(after, learned.final_terms):
+        return learned
+    return replace(learned, learnables=compensated, final_loss=reported(after, recipe.loss), final_terms=after)
 
 
 @torch.no_grad()

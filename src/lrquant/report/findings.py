@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
+from lrquant.reconstruction.records import OUTCOME_WORDS
 from lrquant.report.run import Block, Metric, Run
 
 Tone = Literal["good", "bad", "plain"]
@@ -39,13 +40,9 @@ def hardest_block(run: Run) -> Block | None:
 
 def stands_out(block: Block) -> str:
     """Why a reader should look at this block; empty when there is nothing."""
-    reasons = {
-        "kept initial": "learning did not help; initial transformation kept",
-        "kept present": "adaptation did not help; unchanged",
-        "best epoch": "the best epoch's state was kept",
-        "not relearned": "unchanged from the checkpoint",
-    }
-    told = [reasons[block.outcome]] if block.outcome in reasons else []
+    odd = {name: words for name, words in OUTCOME_WORDS.items() if name not in ("initial", "learned")}
+    odd["not relearned"] = "unchanged from the checkpoint"
+    told = [odd[block.outcome]] if block.outcome in odd else []
     if block.recoveries:
         told.append(f"non-finite loss, recovered {block.recoveries}×")
     if block.restored:
