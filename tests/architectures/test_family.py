@@ -1,15 +1,15 @@
 """Families by model type, models of types that nobody declared, and how little a declaration takes."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lrquant.architectures.families
-from lrquant.architectures import family_names, family_of
+from lrquant.architectures import FoundFamily, family_of
+from lrquant.architectures.family import found_notes
 from lrquant.errors import UsageError
 from tests.models import MODELS, build, config_of
 
@@ -32,39 +32,41 @@ def test_declarations_name_what_a_block_has(name: str, caplog: pytest.LogCapture
             blocks[0].get_submodule(part)
 
 
-def test_blocks_of_an_unknown_type_are_found_and_a_warning_says_what_is_lost(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_blocks_of_an_unknown_type_are_found_and_notes_say_what_was() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo2", **SMALL))
-    with caplog.at_level(logging.WARNING, "lrquant"):
-        family = family_of(model)
-    assert family.blocks == "model.layers"
-    assert tuple(family.equivalences(model.config)) == ()
-    assert [record.getMessage() for record in caplog.records if record.name.startswith("lrquant")] == [
-        "Model type 'olmo2' is not known: its blocks were found at model.layers; weight clipping only, no smoothing."
+    family = family_of(model)
+    assert isinstance(family, FoundFamily)
+    assert [stage.path for stage in family.stages(model)] == ["model.layers"]
+    assert found_notes("olmo2", family.stages(model)) == [
+        "Model type 'olmo2' has no file of its own; transformations of model.layers: found by structure and proven: "
+        "value->output, query*key, up->down."
     ]
 
 
+def mine(module: nn.Module) -> nn.Module:
+    module.config = SimpleNamespace(model_type="mine")
+    return module
+
+
 def test_lists_within_blocks_are_not_mistaken_for_them() -> None:
-    block = nn.ModuleDict({"heads": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])})
-    model = nn.ModuleDict({"trunk": nn.ModuleList([block])})
-    model.config = SimpleNamespace(model_type="mine")
-    assert family_of(model).blocks == "trunk"
+    block = nn.ModuleDict({"heads": nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))])})
+    model = mine(nn.ModuleDict({"trunk": nn.ModuleList([block])}))
+    assert [stage.path for stage in family_of(model).stages(model)] == ["trunk"]
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)]))
-    model.config = SimpleNamespace(model_type="mine")
-    with pytest.raises(UsageError, match=rf"^model type 'mine' is not known.*none.*{', '.join(family_names())}"):
-        family_of(model)
+    model = mine(nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.LayerNorm(2), nn.LayerNorm(2)])))
+    with pytest.raises(UsageError, match=r"^model type 'mine' is not known.*none"):
+        family_of(model).stages(model)
 
 
-def test_two_lists_of_blocks_are_named_and_refused() -> None:
-    config = AutoConfig.for_model(
-        "t5", vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    with pytest.raises(UsageError, match=r"'t5' is not known.*encoder\.block, decoder\.block"):
-        family_of(AutoModel.from_config(config))
+def test_of_two_lists_the_one_that_holds_nearly_everything_is_taken() -> None:
+    small, large = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]), nn.ModuleList([nn.Sequential(nn.Linear(9, 9))])
+    model = mine(nn.ModuleDict({"mergers": small, "trunk": large}))
+    assert [stage.path for stage in family_of(model).stages(model)] == ["trunk"]
+    model = mine(nn.ModuleDict({"one": large, "other": nn.ModuleList([nn.Sequential(nn.Linear(9, 9))])}))
+    with pytest.raises(UsageError, match="one, other"):
+        family_of(model).stages(model)
 
 
 def test_a_family_takes_under_forty_lines() -> None:

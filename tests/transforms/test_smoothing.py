@@ -83,11 +83,13 @@ def test_query_heads_that_share_a_value_head_share_the_largest_scale() -> None:
 
 def test_query_key_scales_start_at_one_for_each_rotary_pair_of_each_key_head() -> None:
     heads = separate(kv_heads=2, group=2, head_dim=4)
-    params = {"k.weight": torch.ones(8, 4)}
+    params = {"k.weight": torch.ones(8, 4), "q_norm.weight": torch.ones(4), "wide_norm.weight": torch.ones(16)}
     start = QueryKey("q", "k", heads.query, heads.key, rope_pairs(4)).initial(params, {}, "log", 0.5)
     assert start["scale"].tolist() == [1.0] * 4  # 2 heads × 2 pairs
     normed = QueryKey("q", "k", heads.query, heads.key, rope_pairs(4), "q_norm", "k_norm")
     assert normed.initial(params, {}, "log", 0.5)["scale"].tolist() == [1.0] * 2  # the norm is shared by the heads
+    wide = QueryKey("q", "k", heads.query, heads.key, rope_pairs(4), "wide_norm", "wide_norm")
+    assert wide.initial(params, {}, "log", 0.5)["scale"].tolist() == [1.0] * 4  # the norm has elements for each head
 
 
 def test_down_projections_start_from_their_own_input() -> None:

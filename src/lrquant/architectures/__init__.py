@@ -1,7 +1,9 @@
 """Model families: where the blocks are, and which of their channels may be rescaled."""
 
 from lrquant.architectures.family import (
+    AnyFamily,
     Family,
+    FoundFamily,
     MultimodalFamily,
     ResidualStream,
     Stage,
@@ -10,4 +12,14 @@ from lrquant.architectures.family import (
     family_of,
 )
 
-__all__ = ["Family", "MultimodalFamily", "ResidualStream", "Stage", "Tower", "family_names", "family_of"]
+__all__ = [
+    "AnyFamily",
+    "Family",
+    "FoundFamily",
+    "MultimodalFamily",
+    "ResidualStream",
+    "Stage",
+    "Tower",
+    "family_names",
+    "family_of",
+]

@@ -1,6 +1,7 @@
-"""What a model family declares, the table of families, and inspection of unknown ones.
+"""What a model family declares, the table of families, and those that are found by structure.
 
-A family is one short file in `families/` that defines `FAMILY`; dropping a file in is all it takes.
+A family is one short file in `families/` that defines `FAMILY`; dropping a file in is all it takes. Models without one
+are looked into (discovery.py).
 
 The engine works on *stages*: lists of blocks that hand their hidden states on unchanged. A language model or
 a ViT is one stage; Swin is one per resolution, with a merging of patches between them; a multimodal model is
@@ -8,7 +9,6 @@ the stages of its towers, in the order that data flows.
 """
 
 import importlib
-import logging
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from lrquant.architectures.discovery import Blocks, blocks_in, language_tower, vision_tower
 from lrquant.errors import UsageError
 from lrquant.transforms import Equivalence
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,15 +39,20 @@ class ResidualStream:
 
 @dataclass(frozen=True)
 class Stage:
-    """A list of equal blocks inside a model, `path`, and the transformations of each."""
+    """A list of blocks inside a model, `path`, and the transformations of each."""
 
     path: str
-    equivalences: Sequence[Equivalence]
+    equivalences: Sequence[Equivalence]  # of every block, as its family declares them
     residual: ResidualStream | None = None
     joins: str | None = None  # the linear whose outputs stand among the embeddings: a picture's projector
+    found: Blocks | None = None  # blocks of any kinds, each with transformations of its own
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return list(model.get_submodule(self.path).children())
+
+    def equivalences_of(self, index: int) -> Sequence[Equivalence]:
+        """The transformations of the block with this number."""
+        return self.equivalences if self.found is None else self.found.equivalences(index)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ class Family:
     blocks: str
     equivalences: Callable[..., Sequence[Equivalence]]
     tower: str = "language"
-    known: bool = True  # False: found by inspection
     residual: ResidualStream | None = None
 
     @property
@@ -118,22 +121,14 @@ class MultimodalFamily:
         """The stages of `towers` (None: the language tower), in the order that data flows.
 
         Raises:
-            UsageError: no such tower, or one of a type that no family knows.
+            UsageError: no such tower, or one whose blocks cannot be found.
         """
         check_towers(self, towers)
         stages = []
         for part in self.parts:
             if part.name not in (towers or ("language",)):
                 continue
-            config = getattr(model.config, part.config)
-            family = part.family or _families().get(config.model_type)
-            if not isinstance(family, Family):
-                raise UsageError(
-                    f"the {part.name} tower is of type {config.model_type!r}, which is not known; known are "
-                    f"{', '.join(family_names())}"
-                )
-            below = family.stages_below(model, part.path, config)
-            for stage in below:
+            for stage in _stages_of_tower(model, part):
                 residual = stage.residual
                 if residual is not None and self.projector is None:
                     residual = replace(residual, why_not=residual.why_not or "where pictures join it is not declared")
@@ -141,7 +136,77 @@ class MultimodalFamily:
         return stages
 
 
-def check_towers(family: Family | MultimodalFamily, towers: Sequence[str] | None) -> None:
+@dataclass(frozen=True)
+class FoundFamily:
+    """Models of a type that has no file: their towers as transformers names them, their blocks as they are built."""
+
+    name: str
+    parts: tuple[Tower, ...]
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    def stages(self, model: Any, towers: Sequence[str] | None = None) -> list[Stage]:
+        """The stages of `towers` (None: the language tower, or the only one), in the order that data flows.
+
+        Raises:
+            UsageError: no such tower, or one whose blocks cannot be found.
+        """
+        check_towers(self, towers)
+        wanted = towers or (("language",) if "language" in self.towers else self.towers)
+        stages = []
+        for part in self.parts:
+            for stage in _stages_of_tower(model, part) if part.name in wanted else ():
+                residual = stage.residual
+                if residual is not None and len(self.parts) > 1:
+                    residual = replace(residual, why_not=residual.why_not or "where pictures join it is not declared")
+                stages.append(replace(stage, residual=residual))
+        return stages
+
+
+def found_notes(model_type: str, stages: Sequence[Stage]) -> list[str]:
+    """What was found of `stages` that no file declares, and what was not understood, a sentence each."""
+    notes = []
+    for stage in stages:
+        if stage.found is None:
+            continue
+        found = stage.found.found()
+        names = dict.fromkeys(each.name for own in found.equivalences for each in own)
+        what = f"found by structure and proven: {', '.join(names)}" if names else "none was found: clipping alone"
+        notes.append(f"Model type {model_type!r} has no file of its own; transformations of {stage.path}: {what}.")
+        notes += [
+            f"{name} in {stage.path} was not understood ({why}): its weights are clipped, not smoothed."
+            for name, why in found.not_understood.items()
+        ]
+    return notes
+
+
+AnyFamily = Family | MultimodalFamily | FoundFamily
+
+
+def _stages_of_tower(model: Any, part: Tower) -> list[Stage]:
+    """A tower's stages as its family declares them, or as they are found."""
+    tower = model.get_submodule(part.path)
+    config = getattr(model.config, part.config, None) if part.config else getattr(tower, "config", None)
+    family = part.family or _families().get(getattr(config, "model_type", ""))
+    if isinstance(family, Family) and family.tower == part.name and part.path:
+        stages = family.stages_below(model, part.path, config)
+        if all(_exists(model, stage.path) for stage in stages):
+            return stages
+    blocks = blocks_in(model, part.path, part.name == "vision")
+    return [Stage(blocks.path, (), found=blocks)]
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def check_towers(family: AnyFamily, towers: Sequence[str] | None) -> None:
     unknown = [tower for tower in towers or () if tower not in family.towers]
     if unknown:
         raise UsageError(f"towers {unknown[0]!r}: a {family.name} model has {', '.join(family.towers)}")
@@ -162,39 +227,18 @@ def family_names() -> tuple[str, ...]:
     return tuple(sorted(_families()))
 
 
-def family_of(model: nn.Module) -> Family | MultimodalFamily:
-    """The family of a transformers model, or one found by inspection, which has no transformations.
+def family_of(model: nn.Module) -> AnyFamily:
+    """The family of a transformers model: declared in a file, or found by structure.
 
     Raises:
-        UsageError: the model has no single list of equal blocks with linears in them.
+        UsageError: an encoder with a decoder behind it.
     """
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
-    return _families().get(model_type) or _inspect(model, model_type)
+    return _families().get(model_type) or _found_family(model, model_type)
 
 
-def _inspect(model: nn.Module, model_type: str) -> Family:
-    """The longest list of modules of one class that hold linears is taken for the blocks."""
-    candidates = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(block) for block in module}) == 1
-        and any(isinstance(part, nn.Linear) for part in module[0].modules())
-    }
-    outermost = {
-        name: module
-        for name, module in candidates.items()
-        if not any(name.startswith(f"{other}.") for other in candidates)
-    }
-    if len(outermost) != 1:
-        found = ", ".join(outermost) or "none"
-        raise UsageError(
-            f"model type {model_type!r} is not known, and its blocks cannot be found by inspection "
-            f"(lists of equal blocks: {found}); known are {', '.join(family_names())}"
-        )
-    (path,) = outermost
-    log.warning(
-        "Model type %r is not known: its blocks were found at %s; weight clipping only, no smoothing.", model_type, path
-    )
-    return Family(model_type, (model_type,), path, lambda config: (), known=False)
+def _found_family(model: Any, model_type: str) -> FoundFamily:
+    if getattr(type(model), "main_input_name", "") == "pixel_values" and not hasattr(model.config, "text_config"):
+        return FoundFamily(model_type, (Tower("vision", "", ""),))
+    language, vision = Tower("language", language_tower(model), ""), vision_tower(model)
+    return FoundFamily(model_type, (language,) if vision is None else (Tower("vision", vision, ""), language))

@@ -7,20 +7,17 @@ and the pass costs an embedding. Nothing here knows any family.
 """
 
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrquant.architectures.block_calls import Enough, answering, without_cache
+from lrquant.errors import UsageError
 from lrquant.runtime.profile import timed
-
-
-class _Enough(Exception):
-    """The last block was reached; the head need not run."""
 
 
 @dataclass
@@ -92,43 +89,6 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-def _is_cache(value: Any) -> bool:
-    """Whether `value` is a key/value cache, by its class: the argument's name has changed between versions."""
-    return type(value).__name__.endswith("Cache")
-
-
-def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """(hidden states, every other argument by name) of a call of `forward`, however it was written."""
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
-        else:
-            named[name] = value
-    hidden = named.pop(next(iter(bound.signature.parameters)))
-    return hidden, named
-
-
-@contextmanager
-def answering(blocks: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
-    """Within, block i answers a call with `answer(i, block's own forward, hidden states, other arguments by name)`."""
-    originals = [block.forward for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            original = originals[index]
-
-            def recorder(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
-                hidden, named = _by_name(_original, args, kwargs)
-                return answer(_index, _original, hidden, named)
-
-            block.forward = recorder  # type: ignore[method-assign]
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
 @timed("capture")
 @torch.no_grad()
 def capture(
@@ -140,18 +100,25 @@ def capture(
     """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one).
 
     `new_stream`, given the first sample's hidden states, makes what all of them are appended to.
+
+    Raises:
+        UsageError: a block receives other hidden states than the one before it handed on, or is not called.
     """
     hidden: Any = None
     seen = 0
     arguments: list[list[dict[str, Any]]] = [[] for _ in blocks]
     behind: tuple[Any, ...] | None = None  # what a block returns behind its hidden states; None: no tuple
     asked = False
+    handed_on: Tensor | None = None
 
     def record(index: int, original: Any, states: Tensor, kwargs: dict[str, Any]) -> Any:
-        nonlocal behind, asked, hidden, seen
-        kwargs = {name: value for name, value in kwargs.items() if not _is_cache(value)}
-        if "use_cache" in kwargs:
-            kwargs["use_cache"] = False
+        nonlocal behind, asked, hidden, seen, handed_on
+        kwargs = without_cache(kwargs)
+        if index > 0 and states is not handed_on and not _equal(states, handed_on):
+            raise UsageError(
+                f"the model changes the hidden states between its blocks {index - 1} and {index}, as some do where "
+                f"pictures are among them; calibrate it on text"
+            )
         if index == 0:
             hidden = new_stream(states) if hidden is None else hidden
             hidden.append(states.clone())
@@ -166,15 +133,19 @@ def capture(
             known.extend(known[:1] * (seen - 1 - len(known)))
             known.append(kwargs)
         if index == len(blocks) - 1:
-            raise _Enough
+            raise Enough
+        handed_on = states
         return states if behind is None else (states, *behind)
 
     with answering(blocks, record):
         for sample in samples:
             try:
                 model(**sample)
-            except _Enough:
+            except Enough:
                 pass
+    left_out = [index for index, given in enumerate(arguments) if not given]
+    if left_out:
+        raise UsageError(f"the calibration samples never reach block {left_out[0]} of {len(blocks)}")
     return BlockInputs(hidden, arguments)
 
 
@@ -185,8 +156,8 @@ def tokens_of(model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, A
 
     def look(index: int, original: Any, states: Tensor, named: dict[str, Any]) -> Any:
         found.append(states.shape[-2])
-        raise _Enough
+        raise Enough
 
-    with answering(blocks[:1], look), suppress(_Enough):
+    with answering(blocks[:1], look), suppress(Enough):
         model(**sample)
     return found[0]

@@ -38,7 +38,7 @@ def samples_of(
             raise UsageError(f"{source} has pictures without text: this model takes both, as {ZOO_QUESTIONS} has them")
         if "vision" in (recipe.towers or ()):
             raise UsageError(f"{source} is text: a vision tower is calibrated on {ZOO_QUESTIONS} or a .jsonl file")
-        processor = processor.tokenizer
+        processor = getattr(processor, "tokenizer", processor)  # without an image processor it is the tokenizer
     return text_samples(calibration_samples(processor, source, count, window(recipe.seqlen), seed))
 
 

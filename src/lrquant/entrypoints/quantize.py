@@ -122,7 +122,7 @@ def quantize(
         heard = [each for each in (callback, observer) if each is not None and machine.ranks.first]
         result = _carried_out(prepared, writing, callback=Callbacks(*heard), options=options)
         sizes = writing.save(result)
-        notes = notes_of(prepared.original.family, result.recipe, result) + writing.damaged
+        notes = notes_of(prepared.original, result.recipe, result) + writing.damaged
     name, trust = prepared.original.name, options.get("trust_remote_code", False)
     model, keeps = prepared.original.model, prepared.original.block_source.keeps
     quantized = Quantized(

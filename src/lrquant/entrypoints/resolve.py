@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lrquant.calibration.capture import tokens_of
 from lrquant.calibration.samples import TokenIds
@@ -83,5 +84,12 @@ def values_of_all_steps(recipe: Recipe, original: Original, *, samples: Sequence
     tokens = tokens_of(original.model, original.stages[0].blocks(original.model), samples[0])
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)
     steps = recipe.epochs * -(-len(samples) // recipe.batch_size)
-    width = sum(max(vector.numel() for vector in block.parameters() if vector.ndim == 1) for block in blocks)
+    width = sum(_width(block) for block in blocks)
     return float(steps * (weights + ACTIVATIONS_PER_TOKEN * width * tokens * recipe.batch_size))
+
+
+def _width(block: nn.Module) -> int:
+    """The longest vector; a block without any (norms without weights, no biases) has rows of matrices."""
+    parameters = list(block.parameters())
+    vectors = (each.numel() for each in parameters if each.ndim == 1)
+    return max(vectors, default=max((each.shape[-1] for each in parameters), default=0))

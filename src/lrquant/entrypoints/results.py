@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lrquant.architectures import Family, MultimodalFamily
+from lrquant.architectures.family import found_notes
 from lrquant.export import Sizes
 from lrquant.formats.activation_quant import install
+from lrquant.loading.original import Original
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_preparation import linear_input_args
 from lrquant.reconstruction.records import BlockRecord
@@ -67,11 +68,9 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
         install(schemes, (), None)
 
 
-def notes_of(family: Family | MultimodalFamily, recipe: Recipe, result: Reconstruction) -> list[str]:
+def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list[str]:
     """What a user should know of this result besides its numbers."""
-    notes = []
-    if isinstance(family, Family) and not family.known:
-        notes.append(f"Model type {family.name!r} is not known: weight clipping only, no smoothing.")
+    notes = found_notes(original.family.name, original.stages) if recipe.let else []
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
     if recipe.scheme.kv_cache:

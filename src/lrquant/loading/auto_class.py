@@ -33,10 +33,9 @@ def auto_model(config: Any) -> Any:
 
 def modality_of(model: Any) -> Modality:
     """What `model` is fed: decided by its class, so that a model in memory answers as one from disk does."""
-    from lrquant.architectures import MultimodalFamily, family_of
+    from lrquant.architectures import family_of
 
-    if type(model).main_input_name == "pixel_values":
-        return "image"
-    if getattr(model.config, "vision_config", None) is not None:
-        return "image+text" if isinstance(family_of(model), MultimodalFamily) else "text"
-    return "text"
+    towers = family_of(model).towers
+    if "vision" not in towers:
+        return "text"
+    return "image+text" if "language" in towers else "image"

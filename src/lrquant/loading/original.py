@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lrquant.architectures import Family, MultimodalFamily, Stage, family_of
+from lrquant.architectures import AnyFamily, Stage, family_of
 from lrquant.errors import UsageError
 from lrquant.formats.layout import checkpoint_dtype
 from lrquant.loading.auto_class import Modality, modality_of
@@ -38,7 +38,7 @@ class Original:
 
     name: str
     model: Any  # transformers' own
-    family: Family | MultimodalFamily
+    family: AnyFamily
     stages: Sequence[Stage]  # those of the recipe's towers, in the order that data flows
     storage_dtype: torch.dtype  # of what a checkpoint of it holds in floating point
     block_source: BlockSource

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lrquant.calibration.capture import answering
+from lrquant.architectures.block_calls import answering
 from lrquant.formats import kernels
 from lrquant.losses import means, no_means
 from lrquant.passes.definition import Pass

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrquant.architectures import Family, MultimodalFamily
+from lrquant.architectures import AnyFamily
 from lrquant.calibration.capture import capture
 from lrquant.loading.block_source import BlockSource, held
 from lrquant.reconstruction.block_forward import BlockForward
@@ -15,7 +15,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 
 def gather_statistics(
-    model: nn.Module, family: Family | MultimodalFamily, samples: Sequence[dict[str, Any]], *, device: torch.device
+    model: nn.Module, family: AnyFamily, samples: Sequence[dict[str, Any]], *, device: torch.device
 ) -> list[dict[str, ChannelStatistics]]:
     """Statistics of every block's linear inputs; nothing is quantized. `samples` are keyword arguments of calls."""
     result = []

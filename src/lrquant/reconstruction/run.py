@@ -16,7 +16,6 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
-from lrquant.architectures import Stage
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.errors import UsageError
 from lrquant.formats.activation_quant import quantized_activations, route_attention
@@ -63,6 +62,8 @@ class Run:
 
     def __post_init__(self) -> None:
         paths = [place.path for place in self.places]
+        for place in self.places if self.recipe.let else ():
+            place.stage.equivalences_of(place.within)  # found, where they are, before anything changes the blocks
         self.result = Reconstruction(self.recipe, paths, attention_quantized=self.attention_scheme is not None)
 
     @property
@@ -111,8 +112,8 @@ class Run:
     def compiled(self) -> CompiledBlocks:
         return CompiledBlocks(self.recipe, self.machine.device)
 
-    def equivalences(self, stage: Stage) -> Sequence[Equivalence]:
-        return enabled_equivalences(stage.equivalences, self.recipe)
+    def equivalences(self, place: BlockPlace) -> Sequence[Equivalence]:
+        return enabled_equivalences(place.stage.equivalences_of(place.within), self.recipe)
 
     def input_args(self, block: nn.Module, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
         """Activation format of every linear's input in `block`; `flat` ones see (tokens, width)."""
@@ -153,7 +154,7 @@ class BlockTask:
 
     @property
     def equivalences(self) -> Sequence[Equivalence]:
-        return self.run.equivalences(self.place.stage)
+        return self.run.equivalences(self.place)
 
 
 @dataclass(frozen=True)

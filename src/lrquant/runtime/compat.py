@@ -91,3 +91,11 @@ def remember_conversions(model: Any, conversions: list[Any]) -> None:
 def rust_tokenizer(trained: Any) -> Any:
     """What transformers wraps of a tokenizer that the package `tokenizers` has trained (tokenizers 0.20 to 0.22)."""
     return trained._tokenizer
+
+
+def grouped_products() -> tuple[Any, ...]:
+    """The products of fused experts (torch 2.8 to 2.13): the public function calls the private one."""
+    import torch
+
+    found = (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
+    return tuple(function for function in found if function is not None)

@@ -84,21 +84,24 @@ class ValueToOutput:
     """Values pass to the output projection through attention weights that sum to one.
 
     `value_rows` (kv_heads, head_dim) are v's rows in `value`; `output_columns` (kv_heads, group, head_dim)
-    are the columns of `output` that read them.
+    are the columns of `output` that read them. `shift` is false where the weights do not sum to one (attention
+    sinks, gates behind attention). `within` tells several such pairs of a block apart.
     """
 
     value: str
     output: str
     value_rows: Tensor
     output_columns: Tensor
+    shift: bool = True
+    within: str = ""
 
     @property
     def name(self) -> str:
-        return "value->output"
+        return f"{self.within}value->output"
 
     @property
     def bias_slots(self) -> tuple[str, ...]:
-        return (self.value, self.output)
+        return (self.value, self.output) if self.shift else ()
 
     def initial(
         self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
@@ -127,8 +130,8 @@ class QueryKey:
     """Queries divided and keys multiplied by the same S. `pair` (head_dim,) names each channel's scale.
 
     Rotary embeddings turn two channels into each other, so both have one scale. Where a norm follows the
-    projections (`query_norm`, `key_norm`), shared by all heads, the scales go into its weight and there is
-    one set of them; otherwise each key/value head has its own.
+    projections (`query_norm`, `key_norm`), the scales go into its weight: one set of them where the heads share
+    it, and where it is as wide as all heads, rows are its elements. Otherwise each key/value head has its own.
     """
 
     query: str
@@ -139,10 +142,11 @@ class QueryKey:
     query_norm: str | None = None
     key_norm: str | None = None
     offset: float = 0.0
+    within: str = ""
 
     @property
     def name(self) -> str:
-        return "query*key"
+        return f"{self.within}query*key"
 
     @property
     def bias_slots(self) -> tuple[str, ...]:
@@ -151,19 +155,34 @@ class QueryKey:
     def initial(
         self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
     ) -> dict[str, Tensor]:
-        heads = 1 if self.query_norm else self.key_rows.shape[0]
+        heads = 1 if self._shared(params) else self.key_rows.shape[0]
         return {"scale": torch.ones(heads * (int(self.pair.max()) + 1), device=params[f"{self.key}.weight"].device)}
 
     def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
         per_channel = scale.view(-1, int(self.pair.max()) + 1)[:, self.pair.to(scale.device)]  # (heads, head_dim)
         if self.query_norm and self.key_norm:
-            edits.norm[self.query_norm] = (per_channel[0], None, self.offset)
-            edits.norm[self.key_norm] = (1 / per_channel[0], None, self.offset)
+            if self._shared(params):
+                edits.norm[self.query_norm] = (per_channel[0], None, self.offset)
+                edits.norm[self.key_norm] = (1 / per_channel[0], None, self.offset)
+                return
+            for norm, rows, factors in (
+                (self.query_norm, self.query_rows, per_channel[:, None]),
+                (self.key_norm, self.key_rows, 1 / per_channel),
+            ):
+                weight = params[f"{norm}.weight"]
+                edits.norm[norm] = (
+                    spread(weight.numel(), rows, factors, 1.0, scale).view(weight.shape),
+                    None,
+                    self.offset,
+                )
             return
-        rows = params[f"{self.query}.weight"].shape[0]
-        edits.scale_rows(self.query, spread(rows, self.query_rows, 1 / per_channel[:, None], 1.0, scale))
-        rows = params[f"{self.key}.weight"].shape[0]
-        edits.scale_rows(self.key, spread(rows, self.key_rows, per_channel, 1.0, scale))
+        rows_of_query, rows_of_key = (params[f"{name}.weight"].shape[0] for name in (self.query, self.key))
+        edits.scale_rows(self.query, spread(rows_of_query, self.query_rows, 1 / per_channel[:, None], 1.0, scale))
+        edits.scale_rows(self.key, spread(rows_of_key, self.key_rows, per_channel, 1.0, scale))
+
+    def _shared(self, params: Parameters) -> bool:
+        """Whether all heads go through one norm of a head's width."""
+        return self.query_norm is not None and params[f"{self.query_norm}.weight"].numel() == len(self.pair)
 
 
 @dataclass(frozen=True)
@@ -176,10 +195,11 @@ class UpToDown:
     up: str
     down: str
     up_rows: Tensor | None = None
+    within: str = ""
 
     @property
     def name(self) -> str:
-        return "up->down"
+        return f"{self.within}up->down"
 
     @property
     def bias_slots(self) -> tuple[str, ...]:
