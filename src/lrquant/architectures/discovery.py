@@ -21,17 +21,26 @@ TOKENS = 9  # of a call: enough for heads, windows and convolutions to differ
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "depths")
 
 
+def check_one_chain(config: Any) -> None:
+    """Raise where a decoder reads what an encoder hands it.
+
+    Raises:
+        UsageError: with the model's type.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model type {config.model_type!r} is not supported: its decoder reads what an encoder hands it, and "
+            f"blocks are quantized in one chain"
+        )
+
+
 def language_tower(model: Any) -> str:
     """The path of the part of `model` that reads text, as transformers finds it; empty: all of it.
 
     Raises:
         UsageError: an encoder with a decoder behind it.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(
-            f"model type {model.config.model_type!r} is not supported: its decoder reads what an encoder hands it, "
-            f"and blocks are quantized in one chain"
-        )
+    check_one_chain(model.config)
     path = _path_of(model, model.get_decoder()) if hasattr(model, "get_decoder") else ""
     return path if _lists(model.get_submodule(path)) else ""  # a head may be called a decoder
 

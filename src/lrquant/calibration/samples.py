@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrquant.calibration.dialogues import ZOO_QUESTIONS, dialogue_samples, is_dialogues
 from lrquant.calibration.images import ZOO_PICTURES, image_samples
+from lrquant.calibration.sentences import sentence_samples
 from lrquant.calibration.text import HUB_TEXTS, calibration_samples
 from lrquant.errors import UsageError
 from lrquant.loading.auto_class import Modality
@@ -31,6 +32,8 @@ def samples_of(
                 f"{source} is text: a vision model is calibrated on a folder of pictures or {ZOO_PICTURES}"
             )
         return image_samples(processor, source, count, seed)
+    if modality == "sentences":
+        return sentence_samples(processor, source, count, seqlen=window(recipe.seqlen), seed=seed)
     if modality == "image+text":
         if is_dialogues(source):
             return dialogue_samples(processor, source, count, seed)

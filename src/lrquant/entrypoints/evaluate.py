@@ -11,7 +11,8 @@ import torch
 
 from lrquant.calibration.dialogues import dialogues
 from lrquant.calibration.images import pictures
-from lrquant.calibration.text import evaluation_ids, text_name
+from lrquant.calibration.sentences import sentences
+from lrquant.calibration.text import evaluation_ids, read_text, text_name
 from lrquant.errors import UsageError
 from lrquant.evaluation import (
     AnswerQuality,
@@ -21,12 +22,15 @@ from lrquant.evaluation import (
     image_accuracy,
     perplexity,
 )
-from lrquant.loading.auto_class import Modality, modality_of
+from lrquant.evaluation.embeddings import EmbeddingQuality, compare_embeddings, embed
+from lrquant.evaluation.masked import masked_perplexity
+from lrquant.loading.auto_class import Modality, fills_in_masks, modality_of
 from lrquant.loading.checkpoint import load
 from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device, window
 from lrquant.runtime.distributed import join
 from lrquant.runtime.profile import timed
 
+SENTENCES = 200  # that are compared unless a limit is given
 PICTURES = 1000  # that are looked at unless a limit is given
 
 
@@ -79,6 +83,8 @@ def evaluate(
             raise UsageError("this model takes image, not text: it has no perplexity")
         tokenizer = getattr(ready.processor, "tokenizer", ready.processor)  # part of a multimodal model's processor
         seqlen = window(ready.model.config.get_text_config(), seqlen)
+        if modality_of(ready.model) == "sentences":
+            return _masked(ready, texts, seqlen=seqlen, limit=limit_windows)
         ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
         ready.to_device()
         ranks = join(ready.device)
@@ -86,6 +92,54 @@ def evaluate(
             name: perplexity(ready.model, tokens, seqlen, limit_windows, told=ready.callback, ranks=ranks)
             for name, tokens in ids.items()
         }
+
+
+def _masked(ready: "_Ready", texts: Sequence[str], *, seqlen: int, limit: int | None) -> dict[str, Perplexity]:
+    """Perplexity of masked tokens, where the model has a head for them."""
+    if not fills_in_masks(ready.model):
+        raise UsageError(
+            f"{type(ready.model).__name__} predicts no tokens, so it has no perplexity: compare its embeddings "
+            f"with the original's (lrquant.entrypoints.evaluate.evaluate_embeddings)"
+        )
+    ready.to_device()
+    tokenizer = ready.processor
+    return {
+        text_name(text): masked_perplexity(
+            ready.model,
+            tokenizer,
+            torch.tensor(tokenizer("\n\n".join(read_text(text, train=False)), add_special_tokens=False)["input_ids"]),
+            seqlen=seqlen,
+            limit_windows=limit,
+            told=ready.callback,
+        )
+        for text in texts
+    }
+
+
+def evaluate_embeddings(
+    model_or_path: Any,
+    original: Any,
+    sources: Sequence[str],
+    *,
+    limit: int | None = None,
+    tokenizer: Any = None,
+    **how: Unpack[Measuring],
+) -> dict[str, EmbeddingQuality]:
+    """How near a model's sentence embeddings are to those of its `original`, on up to `limit` paragraphs (200) of each
+    of `sources`: texts as in `evaluate`. Embeddings are means of last hidden states. `how` as in `evaluate`.
+
+    Raises:
+        UsageError: one of them is no encoder of text, or a text cannot be found.
+    """
+    chosen = {source: sentences(source, limit or SENTENCES) for source in sources}
+    found: list[dict[str, torch.Tensor]] = []
+    for each in (model_or_path, original):
+        with _ready(each, tokenizer, how) as ready:
+            ready.check("sentences")
+            seqlen = window(ready.model.config, None)
+            embedded = {name: embed(*ready.pair, texts, seqlen=seqlen) for name, texts in chosen.items()}
+            found.append(embedded)
+    return {source: compare_embeddings(found[0][source], found[1][source]) for source in sources}
 
 
 def evaluate_images(
@@ -150,7 +204,7 @@ class _Ready:
         if found != wanted:
             raise UsageError(f"this model takes {found}, not {wanted}")
         if self.processor is None:
-            raise UsageError("a model in memory needs its processor to be shown pictures")
+            raise UsageError("a model in memory needs its tokenizer or processor")
         self.to_device()
 
 

@@ -104,6 +104,8 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    if modality == "sentences":
+        raise UsageError("lm-eval's tasks ask a model to go on writing, and this one only reads")
     if modality == "image":
         raise UsageError("lm-eval's tasks are made of text, and this model takes image alone: use --images")
     from lm_eval.models.hf_vlms import HFMultimodalLM

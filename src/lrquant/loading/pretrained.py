@@ -136,7 +136,12 @@ def load_processor(name: str, modality: Modality, trust_remote_code: bool = Fals
     """What prepares a model's inputs: its tokenizer, its image processor, or both in one."""
     import transformers
 
-    auto = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "image+text": "AutoProcessor"}[modality]
+    auto = {
+        "text": "AutoTokenizer",
+        "sentences": "AutoTokenizer",
+        "image": "AutoImageProcessor",
+        "image+text": "AutoProcessor",
+    }[modality]
     return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)
 
 
