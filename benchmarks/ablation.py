@@ -37,8 +37,8 @@ def on(*parts: str) -> Row:
     return dict.fromkeys(parts, True)
 
 
-PLUS = on("two_branch", "dynamic_loss", "rotation")
-ALL: Row = PLUS | {"rounding": "learned", "orthogonal": ("stream", "values", "down")}
+PLUS = on("two_branch", "dynamic_loss", "rotation_vectors")
+ALL: Row = PLUS | {"rounding": "learned", "rotate": ("stream", "values", "down")}
 MAX: Row = {"method": "lrquant-max"}
 TABLES: dict[str, dict[str, Row]] = {
     "lrquant+": {
@@ -46,9 +46,9 @@ TABLES: dict[str, dict[str, Row]] = {
         "LRQuant+ (all three)": PLUS,
         "+ two branches": on("two_branch"),
         "+ dynamic loss": on("dynamic_loss"),
-        "+ rotation": on("rotation"),
-        "LRQuant+ without two branches": on("dynamic_loss", "rotation"),
-        "LRQuant+ without dynamic loss": on("two_branch", "rotation"),
+        "+ rotation": on("rotation_vectors"),
+        "LRQuant+ without two branches": on("dynamic_loss", "rotation_vectors"),
+        "LRQuant+ without dynamic loss": on("two_branch", "rotation_vectors"),
         "LRQuant+ without rotation": on("two_branch", "dynamic_loss"),
     },
     "max": {
@@ -57,15 +57,15 @@ TABLES: dict[str, dict[str, Row]] = {
         "… without clipping": MAX | {"lwc": False},
         "… without learned rounding": MAX | {"rounding": "nearest"},
         "… without two branches and dynamic loss": MAX | {"two_branch": False, "dynamic_loss": False},
-        "… without rotation vectors": MAX | {"rotation": False},
+        "… without rotation vectors": MAX | {"rotation_vectors": False},
         "… without tuning as a whole": MAX | {"tuning_epochs": 0},
         "… with two branches, dynamic loss and rotation vectors": MAX | PLUS,
-        "… with orthogonal rotation of stream and values": MAX | {"orthogonal": ("stream", "values")},
-        "… with orthogonal rotation of values": MAX | {"orthogonal": ("values",)},
+        "… with orthogonal rotation of stream and values": MAX | {"rotate": ("stream", "values")},
+        "… with orthogonal rotation of values": MAX | {"rotate": ("values",)},
     },
     "all": {
         "rounding to nearest": {"method": "rtn"},
-        "… behind orthogonal rotation": {"method": "rtn", "orthogonal": ALL["orthogonal"]},
+        "… behind orthogonal rotation": {"method": "rtn", "rotate": ALL["rotate"]},
         "LRQuant": {},
         "LRQuant+": PLUS,
         "everything": ALL,
@@ -73,10 +73,10 @@ TABLES: dict[str, dict[str, Row]] = {
         "… with a shift": ALL | {"shift": "on"},
         "… without clipping": ALL | {"lwc": False},
         "… without two branches and dynamic loss": ALL | {"two_branch": False, "dynamic_loss": False},
-        "… without rotation vectors": ALL | {"rotation": False},
+        "… without rotation vectors": ALL | {"rotation_vectors": False},
         "… without learned rounding": ALL | {"rounding": "nearest"},
-        "… without the transform at run time": ALL | {"orthogonal": ("stream", "values")},
-        "… without orthogonal rotation": ALL | {"orthogonal": ()},
+        "… without the transform at run time": ALL | {"rotate": ("stream", "values")},
+        "… without orthogonal rotation": ALL | {"rotate": ()},
     },
 }
 FORMATS: dict[str, dict[str, Any]] = {

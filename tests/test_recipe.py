@@ -71,18 +71,18 @@ def test_a_preset_follows_the_number_format(tmp_path: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"method": "lrquant-max", **numbers}))
         recipe = Recipe.preset("lrquant-max", **numbers)
         assert Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
-        return recipe.orthogonal
+        return recipe.rotate
 
     assert rotated(wbits=4, abits=4) == rotated(wbits=6, abits=6) == ("auto",)
     assert rotated(wbits=4, abits=8) == rotated(wbits=4, abits=16) == rotated(numbers="nvfp4") == ()
-    assert Recipe.preset("lrquant-max", abits=4, orthogonal=()).orthogonal == ()
+    assert Recipe.preset("lrquant-max", abits=4, rotate=()).rotate == ()
     short, long = Recipe.preset("lrquant-max", abits=16).epochs, Recipe.preset("lrquant-max", abits=16, wbits=2).epochs
     assert short < long
     assert Recipe.preset("lrquant-max", abits=16, target_bits=3.5).epochs == long
     assert Recipe.preset("lrquant-max", numbers="nvfp4").epochs == long
     assert Recipe.preset("lrquant-max", abits=4, wbits=2).epochs == short
     assert Recipe.preset("lrquant-max", abits=8, wbits=4).epochs == short
-    assert Recipe.preset("lrquant", abits=4).orthogonal == ()
+    assert Recipe.preset("lrquant", abits=4).rotate == ()
 
 
 def test_none_leaves_a_presets_value_and_changes_are_validated() -> None:

@@ -18,3 +18,7 @@ class UsageError(LrquantError, ValueError):
 
 class Interrupted(KeyboardInterrupt):
     """Control-C, with a line that says what is kept."""
+
+
+class RenamedWarning(FutureWarning):
+    """An earlier name was used, which stays valid."""

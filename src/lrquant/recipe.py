@@ -2,21 +2,35 @@
 
 A recipe is written beside every result as `recipe.yaml` and reproduces it. Presets are the published
 methods as rows of one table: each is the same engine with parts switched on or off.
+
+A setting is one field of `Recipe`, declared by `lrquant.settings.setting`:
+
+    window: int = setting(1, Panel.METHOD, "Neighbouring blocks that are reconstructed together", metavar="N", ge=1)
+
+That is all: `--window N` appears in the panel *Method and its parts* of `lrquant quantize --help` with its default in
+every preset, recipes may hold it, and `python scripts/cli_reference.py` puts it into `docs/cli.md`. A preset that wants
+another value names it in `PRESETS`, or in the tables behind it where that depends on the number format. Types are those
+that pydantic knows: a tuple of literals is given with commas, a tuple of strings by repeating the option; a mapping has
+no option (`option=None`). A renamed field says what it was called (`formerly="…"`), and that name stays valid.
+
+Nothing here imports torch, so that help is quick.
 """
 
 import reprlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
-from lrquant.errors import UsageError
-from lrquant.formats import NamedFormat, Scheme
-from lrquant.formats.integers import BITS
-from lrquant.formats.presets import CACHES, FORMATS, HIGH_PRECISION_BITS, TABLE, row_of
+from lrquant.errors import RenamedWarning, UsageError
+from lrquant.settings import HIGH_PRECISION_BITS, Panel, setting, setting_of
+
+if TYPE_CHECKING:
+    from lrquant.formats import NamedFormat, Scheme
 
 RECIPE_FILE = "recipe.yaml"  # beside every result
 _MAX_YAML_BYTES = 1 << 20
@@ -30,96 +44,196 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field("lrquant", description="The preset this recipe started from")
-
-    towers: tuple[Literal["vision", "language"], ...] | None = Field(
-        None, description="Towers of a multimodal model to quantize; none: language, or the model's only tower"
+    method: str = setting(
+        "lrquant",
+        Panel.METHOD,
+        "The preset: rtn, smoothquant, omniquant, lrquant, lrquant+ or lrquant-max",
+        metavar="NAME",
     )
-
-    also: tuple[Literal["head", "projector", "patch_embedding"], ...] = Field(
-        (), description="Parts outside the blocks to round as well; otherwise they stay as they are"
-    )
-
-    # The number format.
-    numbers: str = Field("int", description="Integers (int), or another row of the table of number formats, by name")
-    input_numbers: str | None = Field(None, description="Numbers of activations; none: those of the weights")
-    wbits: int = Field(4, description="Bits of a weight, 2 to 8; 16 leaves weights alone")
-    abits: int = Field(4, description="Bits of an activation, 2 to 8; 16 is weight-only")
-    group_size: int | None = Field(None, ge=1, description="Input channels that share a scale; none: a whole row")
-    target_bits: float | None = Field(
-        None, ge=2, le=9, description="Bits of a weight on average, scales included; each linear's follow from errors"
-    )
-    layer_bits: dict[str, int] | None = Field(
-        None, description="Bits of each linear's weights, by name; found and written down where there is a target"
-    )
-    symmetric: bool = Field(False, description="Symmetric weight grids (no zero point)")
-    activations_symmetric: bool = Field(False, description="Symmetric activation grids")
-    quantize_attention: bool = Field(True, description="Quantize queries, keys and values at the activations' bits")
-
-    kv_cache: str | None = Field(
+    towers: tuple[Literal["vision", "language"], ...] | None = setting(
         None,
-        description="Numbers of keys and values as the cache keeps them, by one calibrated scale each; none: 16 bits",
+        Panel.TARGET,
+        "Towers of a multimodal model to quantize: language, vision, or both with a comma between",
+        metavar="NAMES",
+        unset="language, or the only one",
     )
-
-    # The transformations.
-    let: bool = Field(True, description="Smooth activations by learnable equivalent transformations")
-    init: Literal["log", "smoothquant", "neutral"] = Field("log", description="How smoothing starts; neutral: S = 1")
-    alpha: float = Field(0.5, ge=0, le=1, description="SmoothQuant's migration strength")
-    shift: Literal["auto", "on", "off"] = Field(
-        "auto", description="Learn shifts: where the model holds them, or always"
-    )
-    smooth_attention: bool = Field(True, description="Scales between v and out, and between queries and keys")
-    smooth_mlp: bool = Field(True, description="Scales between up and down projections")
-    lwc: bool = Field(True, description="Learnable weight clipping")
-    orthogonal: tuple[Literal["auto", "stream", "values", "down"], ...] = Field(
+    extra: tuple[Literal["head", "projector", "patch_embedding"], ...] = setting(
         (),
-        description="What is rotated by orthogonal matrices before anything is learned; down: at run time; auto: what "
-        "costs nothing in the checkpoint",
-    )
-    orthogonal_kind: Literal["hadamard", "random"] = Field(
-        "hadamard", description="Hadamard matrices with random signs, or random orthogonal matrices"
+        Panel.TARGET,
+        "Modules outside the blocks to quantize too: head, projector, patch_embedding",
+        metavar="NAMES",
+        formerly="also",
     )
 
-    # The learning.
-    loss: Literal["mse", "mse+nlc"] = Field("mse+nlc", description="Reconstruction loss")
-    two_branch: bool = Field(False, description="Targets from the original's own stream and from the quantized one")
-    dynamic_loss: bool = Field(False, description="Weight the loss terms by their running averages")
-    rotation: bool = Field(False, description="Learn rotation vectors on dequantized weights")
-    rotation_rank: int = Field(1, ge=1, le=64, description="1 folds into the scales; more is a dense export")
-    rounding: Literal["nearest", "learned", "gptq"] = Field(
-        "nearest",
-        description="Weights to the nearest integer, by an offset learned for each weight, by compensation (GPTQ)",
+    numbers: str = setting(
+        "int", Panel.FORMAT, "Integers (int), or another row of the table of number formats, by name", option=None
     )
-    epochs: int = Field(6, ge=0, le=10_000, description="Passes over the calibration samples per block")
-    batch_size: int = Field(4, ge=1, description="Samples per step")
-    let_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of smoothing; none: by the steps")
-    lwc_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of clipping; none: by the steps")
-    rounding_lr: float | None = Field(None, gt=0, le=1, description="Learning rate of rounding; none: by the steps")
-    early_stop: float = Field(
-        0.0, ge=0, lt=1, description="Leave a block when two epochs lowered its loss by less than this share; 0: never"
+    input_numbers: str | None = setting(
+        None, Panel.FORMAT, "Numbers of activations", option=None, unset="those of the weights"
     )
-    schedule: Literal["constant", "cosine"] = Field("cosine", description="How rates change over a block's steps")
+    wbits: int = setting(4, Panel.FORMAT, "Bits of a weight, 2 to 8; 16 leaves weights in 16 bits", metavar="BITS")
+    abits: int = setting(4, Panel.FORMAT, "Bits of an activation, 2 to 8; 16 is weight-only", metavar="BITS")
+    group_size: int | None = setting(
+        None, Panel.FORMAT, "Input channels that share a scale", metavar="CHANNELS", unset="a whole row", ge=1
+    )
+    symmetric: bool = setting(
+        False, Panel.FORMAT, "Weights without zero points, or with them", option="symmetric/asymmetric"
+    )
+    activations_symmetric: bool = setting(False, Panel.FORMAT, "Activations without zero points", rare=True)
+    quantize_attention: bool = setting(
+        True, Panel.FORMAT, "Quantize queries, keys and values too, at the bits of activations"
+    )
+    kv_cache: str | None = setting(
+        None,
+        Panel.FORMAT,
+        "Quantize the key-value cache with calibrated scales: fp8 or int8",
+        metavar="NAME",
+        unset="16 bits",
+    )
+    target_bits: float | None = setting(
+        None,
+        Panel.FORMAT,
+        "Mixed precision: average bits of a weight, scales included; each linear's bits follow from measured errors",
+        metavar="BITS",
+        unset="the same bits everywhere",
+        ge=2,
+        le=9,
+    )
+    layer_bits: dict[str, int] | None = setting(
+        None, Panel.FORMAT, "Bits of each linear's weights, by name; mixed precision finds them", option=None
+    )
 
-    tuning_epochs: int = Field(
-        0, ge=0, le=10_000, description="Passes over the samples in which the whole model's scales are learned at last"
+    calibration: str = setting(
+        "wikitext2",
+        Panel.CALIBRATION,
+        "Calibration data: wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder of them; for a vision "
+        "model zoo:shapes, a folder of images or a data set on the hub; for both zoo:shapes-vqa or a .jsonl file",
+        option="calib",
+        metavar="NAME|PATH",
     )
-    tuning_lr: float = Field(1e-3, gt=0, le=1, description="Learning rate of that, for factors that start at one")
+    nsamples: int = setting(128, Panel.CALIBRATION, "Calibration samples", metavar="N", ge=1, le=1_000_000)
+    seqlen: int | None = setting(
+        None,
+        Panel.CALIBRATION,
+        "Tokens per sample",
+        metavar="TOKENS",
+        unset="2048, or the longest that the model takes",
+        ge=2,
+        le=1_000_000,
+    )
+    seed: int = setting(0, Panel.CALIBRATION, "Seed of the samples and of their order", metavar="N", ge=0, lt=2**63)
 
-    # The calibration samples and the machine.
-    calibration: str = Field("wikitext2", description="Data set or file the samples come from")
-    nsamples: int = Field(128, ge=1, le=1_000_000, description="Calibration samples")
-    seqlen: int | None = Field(
-        None, ge=2, le=1_000_000, description="Tokens per sample; none: 2048 or the model's most"
+    let: bool = setting(True, Panel.METHOD, "Smooth activations by learnable equivalent transformations (LET)")
+    init: Literal["log", "smoothquant", "neutral"] = setting(
+        "log", Panel.METHOD, "How smoothing starts; neutral: at one", rare=True
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Decides samples and their order")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the computation")
-    products: Literal["auto", "float32", "bfloat16"] = Field(
+    alpha: float = setting(0.5, Panel.METHOD, "SmoothQuant's migration strength", rare=True, metavar="A", ge=0, le=1)
+    shift: Literal["auto", "on", "off"] = setting(
+        "auto", Panel.METHOD, "Learn shifts; auto: where the model has the biases that hold them", rare=True
+    )
+    smooth_attention: bool = setting(
+        True, Panel.METHOD, "Smooth between values and output, and between queries and keys", rare=True
+    )
+    smooth_mlp: bool = setting(True, Panel.METHOD, "Smooth between up and down projections", rare=True)
+    lwc: bool = setting(True, Panel.METHOD, "Learn weight clipping (LWC)")
+    rotate: tuple[Literal["auto", "stream", "values", "down"], ...] = setting(
+        (),
+        Panel.METHOD,
+        "Rotate by orthogonal matrices before learning: stream, values, and at run time down; auto: those that cost "
+        "nothing at run time",
+        metavar="NAMES",
+        formerly="orthogonal",
+    )
+    rotate_by: Literal["hadamard", "random"] = setting(
+        "hadamard",
+        Panel.METHOD,
+        "The matrices: Hadamard with random signs, or random orthogonal",
+        rare=True,
+        formerly="orthogonal_kind",
+    )
+    rounding: Literal["nearest", "learned", "gptq"] = setting(
+        "nearest", Panel.METHOD, "Round weights to the nearest integer, by learned offsets, or by GPTQ"
+    )
+    loss: Literal["mse", "mse+nlc"] = setting(
+        "mse+nlc", Panel.METHOD, "Reconstruction loss; NLC is the negative logarithm of the cosine", rare=True
+    )
+    two_branch: bool = setting(
+        False, Panel.METHOD, "LRQuant+: also match what the full-precision block makes of the same input", rare=True
+    )
+    dynamic_loss: bool = setting(
+        False, Panel.METHOD, "LRQuant+: divide the terms of the loss by their running averages", rare=True
+    )
+    rotation_vectors: bool = setting(
+        False,
+        Panel.METHOD,
+        "LRQuant+: learn a gain for each row of the dequantized weights",
+        rare=True,
+        formerly="rotation",
+    )
+    rotation_rank: int = setting(
+        1,
+        Panel.METHOD,
+        "Rank of these gains; above 1 they do not fold into scales, and the export is dense",
+        rare=True,
+        metavar="K",
+        ge=1,
+        le=64,
+    )
+
+    epochs: int = setting(
+        6, Panel.LEARNING, "Passes over the calibration samples for each block", metavar="N", ge=0, le=10_000
+    )
+    batch_size: int = setting(4, Panel.LEARNING, "Samples in a step", metavar="N", ge=1)
+    let_lr: float | None = setting(
+        None, Panel.LEARNING, "Learning rate of smoothing", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+    )
+    lwc_lr: float | None = setting(
+        None, Panel.LEARNING, "Learning rate of clipping", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+    )
+    rounding_lr: float | None = setting(
+        None, Panel.LEARNING, "Learning rate of rounding", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+    )
+    schedule: Literal["constant", "cosine"] = setting(
+        "cosine", Panel.LEARNING, "How rates change over a block's steps", rare=True
+    )
+    early_stop: float = setting(
+        0.0,
+        Panel.LEARNING,
+        "Leave a block when two epochs lowered its loss by less than this share; 0: never",
+        rare=True,
+        metavar="SHARE",
+        ge=0,
+        lt=1,
+    )
+    tuning_epochs: int = setting(
+        0,
+        Panel.LEARNING,
+        "Passes of end-to-end tuning, which learns the full model's scales and norms after all blocks",
+        metavar="N",
+        ge=0,
+        le=10_000,
+    )
+    tuning_lr: float = setting(
+        1e-3, Panel.LEARNING, "Learning rate of end-to-end tuning", rare=True, metavar="RATE", gt=0, le=1
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", Panel.MACHINE, "Precision of the computation; auto: float32 on CPUs, else bfloat16"
+    )
+    products: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
-        description="Precision of matrix products while learning; auto: bfloat16 where the machine is fast at it",
+        Panel.MACHINE,
+        "Precision of matrix products while learning; auto: bfloat16 where the machine is fast at it",
+        rare=True,
     )
-    kernels: Literal["auto", "eager", "compiled", "triton"] = Field(
-        "auto", description="How fake quantization runs while learning; all give the same integers"
+    kernels: Literal["auto", "eager", "compiled", "triton"] = setting(
+        "auto", Panel.MACHINE, "How fake quantization runs while learning; all give the same integers", rare=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, values: Any) -> Any:
+        return renamed(values) if isinstance(values, Mapping) else values
 
     @field_validator("shift", mode="before")
     @classmethod
@@ -129,20 +243,24 @@ class Recipe(BaseModel):
     @field_validator("numbers", "input_numbers")
     @classmethod
     def _known_numbers(cls, name: str | None) -> str | None:
-        if name is not None and name not in TABLE:
-            raise ValueError(f"there are {', '.join(TABLE)}")
+        if name is not None and name not in _formats():
+            raise ValueError(f"there are {', '.join(_formats())}")
         return name
 
     @field_validator("kv_cache")
     @classmethod
     def _known_cache(cls, name: str | None) -> str | None:
-        if name is not None and name not in CACHES:
-            raise ValueError(f"there are {', '.join(CACHES)}")
+        from lrquant.formats import presets
+
+        if name is not None and name not in presets.CACHES:
+            raise ValueError(f"there are {', '.join(presets.CACHES)}")
         return name
 
     @field_validator("wbits", "abits")
     @classmethod
     def _known_bits(cls, bits: int) -> int:
+        from lrquant.formats.integers import BITS
+
         if bits not in BITS and bits != HIGH_PRECISION_BITS:
             raise ValueError("integers have 2 to 8 bits, and 16 leaves a tensor unquantized")
         return bits
@@ -156,6 +274,8 @@ class Recipe(BaseModel):
             raise ValueError("attention's inputs are quantized already: leave kv_cache out, or quantize_attention")
         if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
             raise ValueError("target_bits spreads bits over integers: not with floats, nor with 16-bit weights")
+        from lrquant.formats.integers import BITS
+
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
         if odd:
             raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
@@ -179,20 +299,23 @@ class Recipe(BaseModel):
             raise ValueError(f"{weights.title} has groups of its own size; leave the group size out")
         if not inputs.chooses and self.quantize_attention:
             raise ValueError(f"{inputs.title} leaves queries, keys and values alone: set quantize_attention to false")
-        gain = self.rotation and self.rotation_rank == 1
+        gain = self.rotation_vectors and self.rotation_rank == 1
         if gain and not weights.chooses and not weights.weights.takes_gain:
-            raise ValueError(f"{weights.title}'s scales cannot hold a rotation; switch rotation off")
+            raise ValueError(f"{weights.title}'s scales cannot hold a rotation vector: set rotation_vectors to false")
 
     @property
-    def _weights(self) -> NamedFormat:
-        return row_of(self.numbers)
+    def _weights(self) -> "NamedFormat":
+        return _formats()[self.numbers]
 
     @property
-    def _inputs(self) -> NamedFormat:
-        return row_of(self.input_numbers or self.numbers)
+    def _inputs(self) -> "NamedFormat":
+        return _formats()[self.input_numbers or self.numbers]
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> "Scheme":
+        """The number formats of weights, inputs and attention."""
+        from lrquant.formats import Scheme, presets
+
         weights = inputs = None
         if self.wbits != HIGH_PRECISION_BITS:
             weights = self._weights.for_weights(self.wbits, self.group_size, self.symmetric)
@@ -200,16 +323,16 @@ class Recipe(BaseModel):
             inputs = self._inputs.for_inputs(self.abits, self.activations_symmetric)
         scheme = Scheme.of_formats(weights, inputs, self.quantize_attention)
         if self.kv_cache is not None:
-            scheme = replace(scheme, kv_cache=CACHES[self.kv_cache].input_args())
+            scheme = replace(scheme, kv_cache=presets.CACHES[self.kv_cache].input_args())
         return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property
     def dense(self) -> bool:
         """Whether weights are stored as the floating-point values they were rounded to: no format holds rank k > 1."""
-        return self.rotation and self.rotation_rank > 1 and self.wbits != HIGH_PRECISION_BITS
+        return self.rotation_vectors and self.rotation_rank > 1 and self.wbits != HIGH_PRECISION_BITS
 
     @property
-    def stored_scheme(self) -> Scheme:
+    def stored_scheme(self) -> "Scheme":
         """What the checkpoint declares: `scheme`, without the weights where they are stored dense."""
         return replace(self.scheme, weights=None) if self.dense else self.scheme
 
@@ -225,7 +348,7 @@ class Recipe(BaseModel):
 
     @property
     def learns(self) -> bool:
-        return self.epochs > 0 and (self.let or self.lwc or self.rotation or self.rounding == "learned")
+        return self.epochs > 0 and (self.let or self.lwc or self.rotation_vectors or self.rounding == "learned")
 
     @classmethod
     def preset(
@@ -238,7 +361,7 @@ class Recipe(BaseModel):
         """
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
-        chosen = with_format(format, changes)
+        chosen = with_format(format, renamed(changes))
         return cls.parse({"method": method} | _defaults(method, chosen, paper_exact) | chosen)
 
     @classmethod
@@ -256,7 +379,8 @@ class Recipe(BaseModel):
 
     def changed(self, **changes: Any) -> "Recipe":
         """A copy with `changes`, validated (None: leave as it is)."""
-        return self.parse(self.model_dump() | {name: value for name, value in changes.items() if value is not None})
+        given = {name: value for name, value in renamed(changes).items() if value is not None}
+        return self.parse(self.model_dump() | given)
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML text, also written to `path` when given."""
@@ -281,6 +405,7 @@ class Recipe(BaseModel):
             raise UsageError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise UsageError(f"{path}: a recipe is a mapping of option names to values")
+        values = renamed(values)
         method = values.get("method", "lrquant")
         if not isinstance(method, str) or method not in PRESETS:
             raise UsageError(f"{path}: unknown method {method!r}: there are {', '.join(PRESETS)}")
@@ -296,12 +421,32 @@ def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: value for key, value in changes.items() if value is not None}
     if name is None:
         return chosen
+    from lrquant.formats.presets import FORMATS
+
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}: there are {', '.join(FORMATS)}")
     for key, value in FORMATS[name].items():
         if chosen.get(key, value) != value:
             raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave one of the two out")
     return _format_defaults(FORMATS[name]) | FORMATS[name] | chosen
+
+
+def renamed(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`values` with today's names in place of the earlier ones that fields had; a warning says each.
+
+    Raises:
+        UsageError: both names of a field are there.
+    """
+    result = dict(values)
+    for name, field in Recipe.model_fields.items():
+        former = setting_of(name, field).formerly
+        if former not in result:
+            continue
+        if name in result:
+            raise UsageError(f"{former} is called {name} now: give one of the two")
+        warnings.warn(f"{former} is called {name} now", RenamedWarning, stacklevel=3)
+        result[name] = result.pop(former)
+    return result
 
 
 def _shown(value: Any) -> str:
@@ -328,11 +473,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoothquant": _NO_LEARNING | {"init": "smoothquant", "shift": "off"},
     "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
     "lrquant": {},
-    "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
+    "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation_vectors": True},
     "lrquant-max": {
         "two_branch": True,
         "dynamic_loss": True,
-        "rotation": True,
+        "rotation_vectors": True,
         "rounding": "learned",
         "epochs": 10,
         "batch_size": 8,
@@ -351,7 +496,7 @@ _PAPER: dict[str, Any] = {
 PAPER_EXACT: dict[str, dict[str, Any]] = {
     "omniquant": _PAPER,
     "lrquant": _PAPER | {"shift": "on"},
-    "lrquant+": _PAPER | {"shift": "on", "two_branch": True, "dynamic_loss": True, "rotation": True},
+    "lrquant+": _PAPER | {"shift": "on", "two_branch": True, "dynamic_loss": True, "rotation_vectors": True},
 }
 
 
@@ -374,10 +519,18 @@ def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False)
     return values | _format_defaults(chosen)
 
 
-def _row(name: Any) -> NamedFormat:
+def _formats() -> Mapping[str, "NamedFormat"]:
+    """The table of number formats, by what `numbers` says."""
+    import lrquant.formats  # noqa: F401 - whose rows register themselves
+    from lrquant.formats.presets import TABLE
+
+    return TABLE
+
+
+def _row(name: Any) -> "NamedFormat":
     """The row called `name`, a value that nobody checked yet; integers' in place of none or an unknown one."""
-    default = TABLE[Recipe.model_fields["numbers"].default]
-    return TABLE.get(name, default) if isinstance(name, str) else default
+    default = _formats()[Recipe.model_fields["numbers"].default]
+    return _formats().get(name, default) if isinstance(name, str) else default
 
 
 def _format_defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -385,7 +538,7 @@ def _format_defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
     weights, inputs = _row(chosen.get("numbers")), _row(chosen.get("input_numbers") or chosen.get("numbers"))
     values = {} if inputs.chooses else {"quantize_attention": False}  # no attention has them
     if not weights.chooses and not weights.weights.takes_gain:
-        values["rotation"] = False
+        values["rotation_vectors"] = False
     return values | dict(weights.defaults)
 
 
@@ -400,14 +553,21 @@ def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
 # learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "omniquant": {"let": False},
-    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
+    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation_vectors": False, "tuning_epochs": 4},
 }
 
 # What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.
 FEW_ACTIVATION_BITS = 6
-FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"orthogonal": ("auto",)}}
+FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"rotate": ("auto",)}}
 
 # What a preset changes for weights of fewer integer bits than these and for four-bit floats, unless coarse activations
 # drown what more epochs bring (docs/benchmarks.md).
 FINE_WEIGHT_BITS = 4
 COARSE_WEIGHTS: dict[str, dict[str, Any]] = {"lrquant-max": {"epochs": 24}}
+
+# The same tables with the words by which help names their condition.
+ADJUSTMENTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
+    ("for 16-bit activations", WEIGHT_ONLY),
+    (f"for activations of {FEW_ACTIVATION_BITS} bits or fewer", FEW_BITS),
+    (f"for weights below {FINE_WEIGHT_BITS} bits and four-bit floats", COARSE_WEIGHTS),
+)

@@ -254,7 +254,6 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         "not both",
         lambda tiny, tmp: ["quantize", tiny, "--recipe", tmp / "no.yaml", "--method", "rtn", "--save-dir", tmp / "out"],
     ),
-    "no save dir": (2, "--save-dir", lambda tiny, tmp: ["quantize", tiny]),
     "misspelt option": (2, "No such option", quantize("--wbit", 4)),
     "statistics": (2, "not a file of channel statistics", quantize("--statistics", "/etc/hostname")),
     # What a stranger's model may hold.
@@ -346,8 +345,8 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "a batch of nothing": (2, "batch_size", quantize("--batch-size", 0)),
     "an unknown tower": (2, "towers", quantize("--towers", "tail")),
     "a tower that it has not": (2, "towers 'vision'", quantize("--towers", "vision")),
-    "a part that it has not": (2, "also 'projector'", quantize("--also", "projector")),
-    "a tied head": (2, "is the embedding itself", quantize("--also", "head")),
+    "a part that it has not": (2, "extra 'projector'", quantize("--extra", "projector")),
+    "a tied head": (2, "is the embedding itself", quantize("--extra", "head")),
     "no windows": (2, "Invalid value", quantize("--eval-ppl", "zoo:pydoc", "--limit-windows", 0)),
     "adaptation to nothing": (2, "--tta adapts to evaluation texts", quantize("--tta")),
     "below a file": (2, "cannot be written", below_a_file),

@@ -108,7 +108,7 @@ def test_weight_only(plus: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     command = "python main.py --model MODEL --output_dir ./log/NAME --eval_ppl --wbits 4 --abits 16 --lwc"
     assert paste(f"{command} {plus} {SMALL} {TRAIN}", monkeypatch) == 0
     recipe = results()["recipe"]
-    assert recipe["rotation"] == bool(plus)
+    assert recipe["rotation_vectors"] == bool(plus)
     assert not recipe["let"]
     with safe_open("log/NAME/lrquant_parameters.safetensors", "pt") as file:
         assert any(name.endswith(".rotation") for name in file.keys()) == bool(plus)  # noqa: SIM118

@@ -18,8 +18,8 @@ HERE = Machine(torch.device("cpu"))
 BAD: dict[str, dict[str, Any]] = {
     "groups": {"group_size": 48},
     "target": {"target_bits": 8.9, "abits": 16},
-    "part": {"also": ("projector",)},
-    "tied head": {"also": ("head",)},
+    "part": {"extra": ("projector",)},
+    "tied head": {"extra": ("head",)},
     "window": {"seqlen": 4096},
     "tower": {"towers": ("vision",)},
     "text": {"calibration": "/no/such/text.txt"},
@@ -53,7 +53,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(name: str, tiny: Path, tmp_path:
 def test_a_rotation_that_the_model_cannot_have_is_refused_by_both(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "gemma", "gemma2", head_dim=16, query_pre_attn_scalar=16)
     (tmp_path / "work").mkdir()
-    recipe = Recipe.preset("lrquant", orthogonal=("stream",), **SETTINGS)
+    recipe = Recipe.preset("lrquant", rotate=("stream",), **SETTINGS)
     assert "norm stands behind each sublayer" in refused_alike(str(model), recipe, tmp_path / "work")
 
 

@@ -30,18 +30,18 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def test_nothing_is_left_to_be_chosen_and_resolving_again_changes_nothing(tiny: Path) -> None:
-    asked = recipe(seqlen=None, orthogonal=("auto",))
+    asked = recipe(seqlen=None, rotate=("auto",))
     prepared = prepare(tiny, asked, HERE)
     assert prepared.asked == asked
     assert prepared.recipe.seqlen == 128  # the model's most
-    assert "auto" not in {prepared.recipe.products, prepared.recipe.kernels, *prepared.recipe.orthogonal}
+    assert "auto" not in {prepared.recipe.products, prepared.recipe.kernels, *prepared.recipe.rotate}
     again = resolve(prepared.recipe, prepared.original, HERE, samples=prepared.samples, given=None)
     assert again == prepared.recipe
 
 
 def test_the_resolved_recipe_is_the_one_that_is_saved(tiny: Path, tmp_path: Path) -> None:
-    resolved = prepare(tiny, recipe(orthogonal=("auto",)), HERE).recipe
-    quantized = lrquant.quantize(str(tiny), recipe(orthogonal=("auto",)), save_dir=tmp_path / "out")
+    resolved = prepare(tiny, recipe(rotate=("auto",)), HERE).recipe
+    quantized = lrquant.quantize(str(tiny), recipe(rotate=("auto",)), save_dir=tmp_path / "out")
     assert quantized.recipe == resolved == Recipe.from_yaml(tmp_path / "out" / "recipe.yaml")
 
 

@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(*parts: str, **changes: Any) -> Recipe:
     settings = {"method": "lrquant", "wbits": 4, "abits": 4, "quantize_attention": False}
-    return Recipe.preset(**{**settings, **SETTINGS, "orthogonal": parts, **changes})
+    return Recipe.preset(**{**settings, **SETTINGS, "rotate": parts, **changes})
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -39,7 +39,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["hadamard", "random"])
 def test_what_folds_loads_with_plain_transformers(kind: str, tiny: Path, tmp_path: Path) -> None:
     quantized = lrquant.quantize(
-        str(tiny), recipe("stream", "values", orthogonal_kind=kind), [IDS], save_dir=tmp_path / "out", keep_model=True
+        str(tiny), recipe("stream", "values", rotate_by=kind), [IDS], save_dir=tmp_path / "out", keep_model=True
     )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     assert torch.equal(logits(plain), logits(quantized.model))

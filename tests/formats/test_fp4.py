@@ -237,7 +237,7 @@ def test_nvfp4_by_hand() -> None:
 
 def test_names_stand_for_fields() -> None:
     recipe = Recipe.preset("lrquant+", format="nvfp4")
-    assert (recipe.format_name, recipe.quantize_attention, recipe.rotation) == ("NVFP4", False, True)
+    assert (recipe.format_name, recipe.quantize_attention, recipe.rotation_vectors) == ("NVFP4", False, True)
     assert not Recipe.preset("lrquant+", format="mxfp4a16").rotation  # powers of two hold none
     assert Recipe.preset("omniquant", format="nvfp4a16").let is False
     marlin = Recipe.preset("lrquant", format="w4a16-g128", epochs=3)
@@ -252,7 +252,7 @@ def test_names_stand_for_fields() -> None:
         ({"format": "nvfp4", "abits": 16}, "abits = 16: the format nvfp4 has 4; "),
         ({"numbers": "nvfp4", "wbits": 3}, "NVFP4 has 4 bits a weight, and 4 or 16 an activation: not W3A4"),
         ({"format": "mxfp4", "group_size": 64}, "MXFP4 has groups of its own size"),
-        ({"format": "mxfp4", "rotation": True}, "MXFP4's scales cannot hold a rotation"),
+        ({"format": "mxfp4", "rotation_vectors": True}, "MXFP4's scales cannot hold a rotation"),
         ({"format": "nvfp4", "quantize_attention": True}, "NVFP4 leaves queries, keys and values alone"),
     ],
 )

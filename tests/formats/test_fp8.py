@@ -249,7 +249,7 @@ def test_compensated_rounding_answers_better() -> None:
 def test_names_stand_for_fields() -> None:
     recipe = Recipe.preset("lrquant+", format="fp8")
     assert (recipe.format_name, recipe.wbits, recipe.abits, recipe.quantize_attention) == ("FP8", 8, 8, False)
-    assert recipe.rotation  # folds into the channels' scales
+    assert recipe.rotation_vectors  # folds into the channels' scales
     assert not Recipe.preset("lrquant+", format="fp8-block").rotation
     assert Recipe.preset("lrquant", format="fp8a16").scheme.inputs is None
     hopper = Recipe.preset("lrquant", format="w4a8-fp8")
@@ -263,7 +263,7 @@ def test_names_stand_for_fields() -> None:
         ({"format": "fp8", "wbits": 4}, "wbits = 4: the format fp8 has 8; "),
         ({"numbers": "fp8", "wbits": 8, "abits": 4}, "FP8 has 8 bits a weight, and 8 or 16 an activation: not W8A4"),
         ({"format": "fp8", "group_size": 64}, "FP8 has groups of its own size"),
-        ({"format": "fp8-block", "rotation": True}, "FP8-BLOCK's scales cannot hold a rotation"),
+        ({"format": "fp8-block", "rotation_vectors": True}, "FP8-BLOCK's scales cannot hold a rotation"),
         ({"format": "fp8", "quantize_attention": True}, "FP8 leaves queries, keys and values alone"),
         ({"format": "nvfp4", "input_numbers": "fp8"}, "no runtime takes FP8 activations with NVFP4 weights"),
         ({"input_numbers": "fp8-static", "wbits": 4, "abits": 8}, "no runtime takes FP8-STATIC activations with INT"),

@@ -34,15 +34,15 @@ def names(**changes: Any) -> list[str]:
 
 def test_a_recipe_stands_for_passes_in_a_fixed_order() -> None:
     assert names() == ["blocks"]
-    everything = {"orthogonal": ("values",), "target_bits": 3.5, "tuning_epochs": 1, "also": ("head",)}
+    everything = {"rotate": ("values",), "target_bits": 3.5, "tuning_epochs": 1, "extra": ("head",)}
     assert names(**everything) == [each.name for each in PASSES]
     assert names(target_bits=3.5, layer_bits={"a": 3}) == ["blocks"]  # the bits are known already
 
 
 def test_passes_say_what_they_need() -> None:
     assert not needs_model(recipe())
-    assert not needs_blocks(recipe(also=("head",)))
-    assert needs_model(recipe(also=("head",)))
+    assert not needs_blocks(recipe(extra=("head",)))
+    assert needs_model(recipe(extra=("head",)))
     assert needs_blocks(recipe(tuning_epochs=1))
 
 
@@ -64,7 +64,7 @@ for _event in EVENTS:
 def test_events_come_in_the_order_that_is_documented(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
     listening = Listening()
-    lrquant.quantize(model, recipe(orthogonal=("values",), tuning_epochs=1), IDS, callback=Callbacks(listening))
+    lrquant.quantize(model, recipe(rotate=("values",), tuning_epochs=1), IDS, callback=Callbacks(listening))
     block = ["block_begins", "epoch_done", "block_decided", "block_ends", "block_done"]
     assert listening.heard == [
         "pass_begins rotation",

@@ -39,7 +39,7 @@ NO_STREAM = {
 
 
 def rotated(model: Any, *parts: str, kind: str = "hadamard", seed: int = 0) -> Rotated:
-    recipe = Recipe.preset("lrquant", orthogonal=parts, orthogonal_kind=kind, seed=seed)
+    recipe = Recipe.preset("lrquant", rotate=parts, rotate_by=kind, seed=seed)
     return rotate(original(model), recipe)
 
 
@@ -50,7 +50,7 @@ def original(model: Any) -> Original:
 
 def resolved(model: Any, *parts: str) -> tuple[str, ...]:
     """What the parts come to on `model`."""
-    recipe = Recipe.preset("lrquant", orthogonal=parts)
+    recipe = Recipe.preset("lrquant", rotate=parts)
     return recipe.changed(**resolve_rotation(original(model), recipe)).orthogonal
 
 

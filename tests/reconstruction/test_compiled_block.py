@@ -68,7 +68,7 @@ def random_learnables(fixed: BlockParameters, rotation: bool = True) -> dict[str
         (torch.float32, {"wbits": 3, "abits": 16, "group_size": 16}),
         (torch.bfloat16, {"wbits": 3, "abits": 16, "group_size": 16}),
         (torch.bfloat16, {"format": "nvfp4a16"}),
-        (torch.bfloat16, {"format": "mxfp4a16", "rotation": False}),
+        (torch.bfloat16, {"format": "mxfp4a16", "rotation_vectors": False}),
     ],
     ids=str,
 )
@@ -80,7 +80,7 @@ def test_a_graph_rounds_to_the_frozen_weights(storage: torch.dtype, numbers: dic
         block = Line(64)
         fixed = BlockParameters.of(block, (), recipe.scheme, storage)
         learnables = {
-            name: tensor.requires_grad_() for name, tensor in random_learnables(fixed, recipe.rotation).items()
+            name: tensor.requires_grad_() for name, tensor in random_learnables(fixed, recipe.rotation_vectors).items()
         }
         graph = graphs.of(block, fixed)
         assert graph is not None

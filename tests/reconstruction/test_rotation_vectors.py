@@ -104,7 +104,7 @@ def test_paper_exact_is_the_published_setting() -> None:
     assert (recipe.epochs, recipe.batch_size, recipe.schedule) == (20, 1, "constant")
     assert recipe.two_branch
     assert recipe.dynamic_loss
-    assert recipe.rotation
+    assert recipe.rotation_vectors
     assert recipe.let
     assert not recipe.smooth_mlp
     assert recipe.shift == "on"

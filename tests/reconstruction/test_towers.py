@@ -148,7 +148,7 @@ def test_the_stage_behind_a_merging_starts_where_the_model_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "also", "packed"),
+    ("name", "extra", "packed"),
     [
         ("vit", ("head", "patch_embedding"), {"classifier"}),
         ("deit-distilled", ("head",), {"cls_classifier", "distillation_classifier"}),
@@ -157,11 +157,11 @@ def test_the_stage_behind_a_merging_starts_where_the_model_says() -> None:
     ],
 )
 def test_parts_outside_the_blocks_are_rounded_when_chosen(
-    name: str, also: Any, packed: set[str], tmp_path: Path
+    name: str, extra: Any, packed: set[str], tmp_path: Path
 ) -> None:
-    model, result, recipe = quantized(name, method="rtn", wbits=4, abits=4, also=also)
+    model, result, recipe = quantized(name, method="rtn", wbits=4, abits=4, extra=extra)
     assert set(result.outside.weights) == packed
-    if "patch_embedding" in also:
+    if "patch_embedding" in extra:
         embedding = model.get_submodule("vit.embeddings.patch_embeddings.projection").weight
         assert all(len(row.unique()) <= 16 for row in embedding.flatten(1))  # four bits
     save(tmp_path / "saved", model, result, recipe)
@@ -173,4 +173,4 @@ def test_parts_outside_the_blocks_are_rounded_when_chosen(
 
 def test_a_part_that_is_not_there_is_named() -> None:
     with pytest.raises(UsageError, match="projector"):
-        quantized("vit", method="rtn", also=("projector",))
+        quantized("vit", method="rtn", extra=("projector",))

@@ -239,18 +239,18 @@ FORMATS: list[dict[str, Any]] = [
     {"method": "lrquant+", "wbits": 4, "abits": 4},
     {"method": "lrquant+", "rotation_rank": 2},
     {"method": "smoothquant", "wbits": 16, "abits": 8},
-    {"method": "rtn", "also": ("head",)},
+    {"method": "rtn", "extra": ("head",)},
     {"rounding": "learned"},
     {"rounding": "gptq"},
-    {"orthogonal": ("stream", "values")},
-    {"method": "lrquant-max", "orthogonal": ("stream", "values", "down"), "wbits": 4, "abits": 4},
+    {"rotate": ("stream", "values")},
+    {"method": "lrquant-max", "rotate": ("stream", "values", "down"), "wbits": 4, "abits": 4},
 ]
 
 
 @pytest.mark.parametrize("changes", FORMATS, ids=lambda changes: " ".join(map(str, changes.values())))
 def test_every_format_goes_on_with_the_same_bytes(changes: dict[str, Any], tmp_path: Path, learned: list[int]) -> None:
     """Killed after its first block, interrupted after its second."""
-    tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=3, tie_word_embeddings="also" not in changes)
+    tiny = write_tiny(tmp_path / "tiny", num_hidden_layers=3, tie_word_embeddings="extra" not in changes)
     expected = whole(tiny, tmp_path / "whole", **changes)
     assert wait(start(lambda: run(tiny, tmp_path / "out", callback=Dies(), **changes))) == -9
     learned.clear()

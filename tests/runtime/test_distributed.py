@@ -128,7 +128,7 @@ def quantized_on(ranks: Ranks, tiny: Path, recipe: Recipe, folder: Path) -> dict
     # Rounding that is learned or that compensates takes a flipped integer further: such runs stay close, not the same.
     [
         ({"method": "lrquant"}, 1e-4),
-        ({"orthogonal": ("stream", "values")}, 1e-4),
+        ({"rotate": ("stream", "values")}, 1e-4),
         ({"target_bits": 3.5, "group_size": 32}, 1e-4),
         ({"method": "lrquant-max"}, 0.05),
         ({"rounding": "gptq"}, 0.05),

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrquant.cli import console
 from lrquant.cli.hub import check_can_push, push
-from lrquant.cli.quantize import Device, Init, JsonFile, LogTo, Private, PushToHub, Report, Trust
+from lrquant.cli.options import Device, JsonFile, LogTo, Private, PushToHub, Report, Trust
 from lrquant.cli.reporting import command_line, metrics_of
+from lrquant.cli.settings import takes_settings
 from lrquant.cli.tracking import tracking
 
 if TYPE_CHECKING:
@@ -18,18 +19,14 @@ if TYPE_CHECKING:
 REPORT_WINDOWS = 32  # of the text, when no evaluation is asked for
 
 
+@takes_settings(epochs=5, init="neutral", nsamples=128, seqlen="as it was calibrated")
 def adapt(
     quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="A checkpoint that lrquant wrote; only read.")],
+    settings: dict[str, Any],
     reference: Annotated[str, typer.Option(metavar="MODEL", help="The full-precision model it was made from.")],
     data: Annotated[str, typer.Option(metavar="NAME|PATH", help="The unlabelled test text.")],
     save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapted checkpoint goes: a new folder.")],
     blocks: Annotated[str, typer.Option(help="last, all, or indices such as 0,4,5.")] = "last",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the test samples per block.")] = 5,
-    init: Annotated[Init, typer.Option(help="How smoothing starts; neutral: S = 1.")] = Init.neutral,
-    nsamples: Annotated[
-        int | None, typer.Option(min=1, help="At most so many windows of the text.", show_default="128")
-    ] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per window.", show_default="as it was calibrated")] = None,
     eval_ppl: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|PATH", help="Measure perplexity on this text before and after; may be repeated."),
@@ -54,8 +51,8 @@ def adapt(
     from lrquant.report.observer import Observer
 
     observer = Observer() if report else None
-    settings = {"quantized": quantized, "reference": reference, "data": data, "blocks": blocks, "epochs": epochs}
-    with console.watching("adapting") as progress, tracking(log_to or (), save_dir.name, settings) as trackers:
+    logged = {"quantized": quantized, "reference": reference, "data": data, "blocks": blocks, **settings}
+    with console.watching("adapting") as progress, tracking(log_to or (), save_dir.name, logged) as trackers:
         adapted = adapt(
             quantized,
             reference,
@@ -63,12 +60,9 @@ def adapt(
             save_dir=save_dir,
             blocks=blocks,
             callback=Callbacks(progress, *trackers, *([observer] if observer else [])),
-            epochs=epochs,
-            init=init.value,
-            nsamples=nsamples,
-            seqlen=seqlen,
             device=device,
             trust_remote_code=trust_remote_code,
+            **settings,
         )
 
     def measure(path: str, texts: Sequence[str], most: int | None) -> dict[str, "Perplexity"]:

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
-_FORMATS = ["fp8", "fp8a16", "fp8-static", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16"]
-_FORMATS += ["w4a16-g128", "w4a8-fp8", "w8a8", "w4a8"]
 _ZOO_MODELS = Path(__file__).parents[1] / "zoo" / "models"
+
+# `lrquant.formats.presets.FORMATS`, which help has no time to import; a test compares the two.
+FORMAT_NAMES = (
+    *("w4a16-g128", "w8a8", "w4a8", "w4a8-fp8", "fp8", "fp8-static", "fp8-block", "fp8a16"),
+    *("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16"),
+)
 
 
 def _starting(incomplete: str, names: list[str]) -> list[str]:
@@ -18,11 +22,13 @@ def model_names(incomplete: str) -> list[str]:
 
 
 def method_names(incomplete: str) -> list[str]:
-    return _starting(incomplete, ["rtn", "smoothquant", "omniquant", "lrquant", "lrquant+", "lrquant-max"])
+    from lrquant.recipe import PRESETS
+
+    return _starting(incomplete, list(PRESETS))
 
 
 def format_names(incomplete: str) -> list[str]:
-    return _starting(incomplete, _FORMATS)
+    return _starting(incomplete, list(FORMAT_NAMES))
 
 
 def calibration_names(incomplete: str) -> list[str]:

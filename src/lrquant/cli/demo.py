@@ -9,7 +9,7 @@ import typer
 
 from lrquant.cli import console
 from lrquant.cli.bundled import SHOWS
-from lrquant.cli.quantize import JsonFile
+from lrquant.cli.options import JsonFile
 from lrquant.cli.reporting import leave_demo_report
 from lrquant.errors import UsageError
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lrquant.cli import console
-from lrquant.cli.quantize import Device, Dtype, JsonFile, Limit, Model, NumFewshot, Precision, Tasks, Trust
+from lrquant.cli.options import Device, Dtype, JsonFile, Limit, Model, NumFewshot, Precision, Tasks, Trust
 from lrquant.errors import LrquantError, UsageError
 
 

@@ -2,8 +2,9 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +18,10 @@ from lrquant.cli.info import info
 from lrquant.cli.options import with_output_options
 from lrquant.cli.quantize import quantize
 from lrquant.cli.report import report
-from lrquant.errors import LrquantError
+from lrquant.cli.settings import Listed, has_settings, listed
+from lrquant.errors import LrquantError, RenamedWarning
+
+_usual_warning = warnings.showwarning
 
 app = typer.Typer(
     name="lrquant",
@@ -36,7 +40,11 @@ for name, command in (
     ("compare", compare),
     ("doctor", doctor),
 ):
-    app.command(name)(with_output_options(command))
+    whole = with_output_options(command)
+    if has_settings(command):
+        app.command(name, cls=Listed)(listed(whole))
+    else:
+        app.command(name)(whole)
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,6 +70,7 @@ def main() -> None:
 
 def run(program: Callable[[], object]) -> None:
     """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted."""
+    warnings.showwarning = _show_warning
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -74,6 +83,16 @@ def run(program: Callable[[], object]) -> None:
         _fail(str(error) or "interrupted", 130, error)
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, error)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Earlier names as one line; all other warnings are developers'."""
+    if issubclass(category, RenamedWarning):
+        console.err.print(f"Note: {message}", markup=False, soft_wrap=True)
+    else:
+        _usual_warning(message, category, filename, lineno, file, line)
 
 
 def _fail(line: str, code: int, error: BaseException) -> None:

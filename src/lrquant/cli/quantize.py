@@ -2,237 +2,109 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lrquant.cli import console
-from lrquant.cli.completion import calibration_names, format_names, method_names, model_names
+from lrquant.cli.completion import FORMAT_NAMES, format_names
 from lrquant.cli.dry_run import show_estimate
 from lrquant.cli.hub import check_can_push, push
+from lrquant.cli.options import (
+    Device,
+    JsonFile,
+    Limit,
+    LogTo,
+    Model,
+    NumFewshot,
+    Private,
+    PushToHub,
+    Report,
+    Tasks,
+    Trust,
+)
 from lrquant.cli.reporting import command_line, metrics_of
 from lrquant.cli.results import figures, show
-from lrquant.cli.tracking import Tracker, tracking
+from lrquant.cli.settings import takes_settings
+from lrquant.cli.tracking import tracking
 from lrquant.errors import UsageError
 
 if TYPE_CHECKING:
     from lrquant.recipe import Recipe
 
+EXAMPLES = """\
+Examples:
 
-class Shift(StrEnum):
-    auto = "auto"
-    on = "on"
-    off = "off"
+  4-bit weights for vLLM, calibrated offline:
 
+    lrquant quantize MODEL --format w4a16-g128 --calib zoo:pydoc
 
-class Init(StrEnum):
-    log = "log"
-    smoothquant = "smoothquant"
-    neutral = "neutral"
+  4-bit weights and activations, the best method, perplexity before and after:
 
+    lrquant quantize MODEL --method lrquant-max --eval-ppl wikitext2
 
-class Loss(StrEnum):
-    mse = "mse"
-    mse_nlc = "mse+nlc"
+  How large, how long and how much memory, without doing it:
 
-
-class Schedule(StrEnum):
-    constant = "constant"
-    cosine = "cosine"
+    lrquant quantize MODEL --wbits 2 --abits 16 --group-size 64 --dry-run
+"""
 
 
 class Activations(StrEnum):
+    """Where hidden states may wait."""
+
     auto = "auto"
     device = "device"
     host = "host"
     disk = "disk"
 
 
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.", autocompletion=model_names),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze and zoo:shapes-vqa are offline."),
-]
-NumFewshot = Annotated[
-    int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
-Report = Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html beside the result.")]
-LogTo = Annotated[
-    list[Tracker] | None, typer.Option(help="Also write scalars there, by its own package; may be repeated.")
-]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="USER/NAME", help="Then upload the result to this repository of the hub.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository a private one.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-
-
+@takes_settings(epilog=EXAMPLES)
 def quantize(
     model: Model,
-    save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the quantized checkpoint goes: a new folder.")],
-    method: Annotated[
-        str | None,
+    settings: dict[str, Any],
+    save_dir: Annotated[
+        Path | None,
         typer.Option(
-            help="rtn, smoothquant, omniquant, lrquant, lrquant+ or lrquant-max.",
-            show_default="lrquant",
-            autocompletion=method_names,
+            metavar="DIR",
+            help="Where the quantized checkpoint goes: a new folder.",
+            show_default="MODEL-FORMAT in the current folder",
         ),
     ] = None,
-    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
-    paper_exact: Annotated[
-        bool, typer.Option("--paper-exact", help="The method's setting as published, where ours differs.")
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would read, write, hold and take; write nothing.")
     ] = False,
-    wbits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8.", show_default="4")] = None,
-    abits: Annotated[
-        int | None, typer.Option(help="Bits of an activation, 2 to 8; 16: weights only.", show_default="4")
-    ] = None,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(
-            metavar="BITS",
-            help="Bits of a weight on average, scales included: each linear gets what its errors ask for.",
-            show_default="--wbits everywhere",
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale.", show_default="a whole row")
-    ] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Weight grids.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; else an interrupted run of the same command goes on.")
+    ] = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     format: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
             autocompletion=format_names,
-            help="A format by name: fp8, fp8-static, fp8-block, fp8a16, nvfp4, nvfp4a16, mxfp4, mxfp4a16, mxfp8, "
-            "mxfp8a16, w4a16-g128, w4a8-fp8, w8a8 or w4a8.",
-            show_default="by the bits",
+            help=f"A number format by name: {', '.join(FORMAT_NAMES)}.",
+            show_default="by the options below",
         ),
     ] = None,
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Quantize the key-value cache with calibrated scales: fp8 or int8.",
-            show_default="16 bits",
-        ),
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
     ] = None,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|PATH",
-            autocompletion=calibration_names,
-            help="wikitext2, ptb, c4, zoo:pydoc, zoo:pycode, a text file or a folder; for models that see, a folder of "
-            "pictures, zoo:shapes or a data set on the hub, a .jsonl file of pictures with text, zoo:shapes-vqa.",
-        ),
+    save_statistics: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save this run's channel statistics.")
     ] = None,
-    towers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Towers of a multimodal model: language, vision, or both with a comma between.",
-            show_default="language",
-        ),
-    ] = None,
-    also: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Parts outside the blocks to round too: head, projector, patch_embedding.",
-            show_default="none",
-        ),
-    ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration samples.", show_default="128")] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's most")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over the samples per block.", show_default="6; lrquant-max: 24")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step.", show_default="4; lrquant-max: 8")] = None,
-    lwc: Annotated[bool | None, typer.Option("--lwc/--no-lwc", help="Learn weight clipping.")] = None,
-    let: Annotated[bool | None, typer.Option("--let/--no-let", help="Learn smoothing.")] = None,
-    let_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of smoothing.", show_default="5e-3; more for fewer steps")
-    ] = None,
-    lwc_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of clipping.", show_default="1e-2; more for fewer steps")
-    ] = None,
-    init: Annotated[Init | None, typer.Option(help="How smoothing starts.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="SmoothQuant's migration strength.")] = None,
-    schedule: Annotated[Schedule | None, typer.Option(help="How rates change over a block's steps.")] = None,
-    rounding: Annotated[
-        Literal["nearest", "learned", "gptq"] | None,
-        typer.Option(help="To the nearest integer, by learned offsets, or by compensation (GPTQ)."),
-    ] = None,
-    rounding_lr: Annotated[
-        float | None, typer.Option(help="Learning rate of rounding.", show_default="by the steps")
-    ] = None,
-    tuning_epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="Passes over the samples in which the whole model's scales and norms are learned at last.",
-            show_default="0; lrquant-max, weights alone: 4",
-        ),
-    ] = None,
-    early_stop: Annotated[
-        float | None,
-        typer.Option(help="Leave a block when two epochs lowered its loss by less than this share.", metavar="SHARE"),
-    ] = None,
-    orthogonal: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Rotate these before anything is learned: stream, values, and, at run time, down; auto: what is free.",
-            show_default="none",
-        ),
-    ] = None,
-    orthogonal_kind: Annotated[
-        Literal["hadamard", "random"] | None,
-        typer.Option(help="By Hadamard matrices with random signs, or by random orthogonal ones."),
-    ] = None,
-    loss: Annotated[Loss | None, typer.Option(help="Reconstruction loss.")] = None,
-    two_branch: Annotated[
-        bool | None,
-        typer.Option("--two-branch/--no-two-branch", help="Also match the block's output on its own input."),
-    ] = None,
-    dynamic_loss: Annotated[
-        bool | None, typer.Option("--dynamic-loss/--no-dynamic-loss", help="Weight loss terms by running averages.")
-    ] = None,
-    rotation: Annotated[
-        bool | None, typer.Option("--rotation/--no-rotation", help="Learn rotation vectors on dequantized weights.")
-    ] = None,
-    rotation_rank: Annotated[
-        int | None, typer.Option(metavar="K", help="Rank of the rotations; above 1 the export is dense.")
-    ] = None,
-    shift: Annotated[Shift | None, typer.Option(help="Learn shifts: where biases hold them, always, never.")] = None,
-    quantize_attention: Annotated[
-        bool | None,
-        typer.Option("--quantize-attention/--no-quantize-attention", help="Round queries, keys and values too."),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides samples and their order.", show_default="0")] = None,
-    products: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="Precision of matrix products while learning.", show_default="what the machine is fast at"),
-    ] = None,
-    kernels: Annotated[
-        Literal["eager", "compiled", "triton"] | None,
-        typer.Option(help="How fake quantization runs while learning.", show_default="by the machine and the work"),
-    ] = None,
-    dtype: Precision = Dtype.auto,
+    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
+    paper_exact: Annotated[
+        bool, typer.Option("--paper-exact", help="The method's setting as published, where ours differs.")
+    ] = False,
     device: Device = "auto",
+    activations: Annotated[
+        Activations, typer.Option(help="Where hidden states wait while blocks are learned.")
+    ] = Activations.auto,
+    trust_remote_code: Trust = False,
     eval_ppl: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME|PATH", help="Then measure perplexity on this text; may be repeated."),
@@ -244,75 +116,14 @@ def quantize(
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     limit: Limit = None,
-    statistics: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
-    ] = None,
-    save_statistics: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save this run's channel statistics.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
-    ] = None,
-    json: JsonFile = None,
-    activations: Annotated[
-        Activations, typer.Option(help="Where hidden states wait while blocks are learned.")
-    ] = Activations.auto,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would read, write, hold and take; write nothing.")
-    ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; else an interrupted run of the same command goes on.")
-    ] = False,
     report: Report = True,
+    json: JsonFile = None,
     log_to: LogTo = None,
-    push_to_hub: PushToHub = None,
-    private: Private = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
-    changes = {
-        "wbits": wbits,
-        "abits": abits,
-        "target_bits": target_bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "kv_cache": kv_cache,
-        "calibration": calib,
-        "towers": towers and tuple(towers.split(",")),
-        "also": also and tuple(also.split(",")),
-        "nsamples": nsamples,
-        "seqlen": seqlen,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lwc": lwc,
-        "let": let,
-        "let_lr": let_lr,
-        "lwc_lr": lwc_lr,
-        "init": init and init.value,
-        "alpha": alpha,
-        "schedule": schedule and schedule.value,
-        "rounding": rounding,
-        "rounding_lr": rounding_lr,
-        "orthogonal": orthogonal and tuple(orthogonal.split(",")),
-        "orthogonal_kind": orthogonal_kind,
-        "tuning_epochs": tuning_epochs,
-        "early_stop": early_stop,
-        "loss": loss and loss.value,
-        "two_branch": two_branch,
-        "dynamic_loss": dynamic_loss,
-        "rotation": True if rotation is None and rotation_rank else rotation,
-        "rotation_rank": rotation_rank,
-        "shift": shift and shift.value,
-        "quantize_attention": quantize_attention,
-        "seed": seed,
-        "products": products,
-        "kernels": kernels,
-        "dtype": None if dtype is Dtype.auto else dtype.value,
-    }
     console.check_json_path(json)
-    if lr_plus and method not in (None, "lrquant", "lrquant+"):
-        raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
-    chosen = _recipe("lrquant+" if lr_plus else method, recipe, paper_exact, format, changes)
+    chosen = _recipe(settings, recipe, lr_plus, paper_exact, format)
+    save_dir = save_dir or default_folder(model, chosen)
 
     if tta and not eval_ppl:
         raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
@@ -389,13 +200,24 @@ def quantize(
         console.note(f"uploaded: {address}")
 
 
-def _recipe(
-    method: str | None, file: Path | None, paper_exact: bool, format: str | None, changes: dict[str, Any]
-) -> "Recipe":
+def default_folder(model: str, recipe: "Recipe") -> Path:
+    """Where a result goes if nobody says: `llama-w4a16-g128` in the current folder."""
+    name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2].rpartition(":")[2]
+    return Path(f"{name}-{recipe.format_name.lower().replace(' ', '-')}")
+
+
+def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact: bool, format: str | None) -> "Recipe":
+    """The recipe that the options stand for; `given` has the values of those that are its fields."""
     from lrquant.recipe import Recipe, with_format
 
+    method = given.pop("method", None)
+    if lr_plus and method not in (None, "lrquant", "lrquant+"):
+        raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
+    method = "lrquant+" if lr_plus else method
+    if "rotation_rank" in given:
+        given.setdefault("rotation_vectors", True)
     if file is None:
-        return Recipe.preset(method or "lrquant", paper_exact, format, **changes)
+        return Recipe.preset(method or "lrquant", paper_exact, format, **given)
     if method is not None or paper_exact:
         raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
-    return Recipe.from_yaml(file).changed(**with_format(format, changes))
+    return Recipe.from_yaml(file).changed(**with_format(format, given))

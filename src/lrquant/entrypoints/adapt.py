@@ -132,7 +132,7 @@ def _adaptable_recipe(source: Path) -> Recipe:
     recipe = saved_recipe(str(source)) if source.is_dir() else None
     if recipe is None:
         raise UsageError(f"{source}: not a checkpoint that lrquant wrote (a folder with recipe.yaml)")
-    if not (recipe.let or recipe.lwc or recipe.rotation):
+    if not (recipe.let or recipe.lwc or recipe.rotation_vectors):
         raise UsageError(f"{source}: method {recipe.method} has nothing to learn, so nothing to adapt")
     return recipe
 

@@ -97,7 +97,7 @@ def _tried(prepared: PreparedRun, ranks: int) -> PreparedRun:
     recipe = prepared.recipe
     batch = max(1, min(recipe.batch_size, recipe.nsamples) // ranks)
     tried = recipe.changed(
-        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0, also=()
+        nsamples=batch, batch_size=batch, epochs=min(recipe.epochs, STEPS), early_stop=0.0, tuning_epochs=0, extra=()
     )
     return replace(prepared, recipe=tried, samples=prepared.samples[:batch])
 

@@ -27,8 +27,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 from lrquant.errors import UsageError
 from lrquant.formats.number_format import Elements, NumberFormat, Scales, columns_and_rows
-
-HIGH_PRECISION_BITS = 16  # "16 bits" means: left in the model's own floating-point format
+from lrquant.settings import HIGH_PRECISION_BITS
 
 TABLE: dict[str, "NamedFormat"] = {}  # by what `numbers` says
 FORMATS: dict[str, dict[str, Any]] = {}  # by what `--format` says: fields of a recipe

@@ -30,21 +30,21 @@ HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head")
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 
 
-def chosen_modules(model: Any, also: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules that `also` names, by their full names.
+def chosen_modules(model: Any, extra: Sequence[str]) -> dict[str, nn.Module]:
+    """Modules that `extra` names, by their full names.
 
     Raises:
         UsageError: the model has no such part, or its head is the embedding itself.
     """
     chosen: dict[str, nn.Module] = {}
-    for part in also:
+    for part in extra:
         found = {name: module for name, module in model.named_modules() if _is_part(name, module, part)}
         if not found:
-            raise UsageError(f"also {part!r}: this model has none")
+            raise UsageError(f"extra {part!r}: this model has none")
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         shared = next((name for name in found if f"{name}.weight" in tied), None)
         if shared:
-            raise UsageError(f"also {part!r}: {shared} is the embedding itself, which stays as it is")
+            raise UsageError(f"extra {part!r}: {shared} is the embedding itself, which stays as it is")
         chosen |= found
     return chosen
 
@@ -62,7 +62,7 @@ def _is_part(name: str, module: nn.Module, part: str) -> bool:
 def round_modules(original: Original, recipe: Recipe, sample: dict[str, Any]) -> NonBlockModules:
     """Round the recipe's chosen parts of the model in place; `sample` shows the shape of their inputs."""
     model, storage_dtype = original.model, original.storage_dtype
-    modules = chosen_modules(model, recipe.also)
+    modules = chosen_modules(model, recipe.extra)
     flat = _flat_inputs(model, modules, sample) if recipe.scheme.inputs else frozenset()
     weights = {}
     for name, module in modules.items():
@@ -101,7 +101,7 @@ def check_modules(original: Original, recipe: Recipe) -> None:
     Raises:
         UsageError: it names the part.
     """
-    for name, module in chosen_modules(original.model, recipe.also).items():
+    for name, module in chosen_modules(original.model, recipe.extra).items():
         if isinstance(module, nn.Linear):
             check_group_size(nn.ModuleDict({name.replace(".", "_"): module}), recipe.scheme.group_size)
 
@@ -114,7 +114,7 @@ def _carry_out(run: Run) -> None:
 NON_BLOCK_MODULES = Pass(
     "non-block modules",
     _carry_out,
-    applies=lambda recipe: bool(recipe.also),
+    applies=lambda recipe: bool(recipe.extra),
     check=check_modules,
     needs_model=True,
 )

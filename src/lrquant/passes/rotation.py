@@ -41,11 +41,11 @@ def resolve_rotation(original: Original, recipe: Recipe) -> dict[str, Any]:
 
     Rotated values alone bring nothing (docs/benchmarks.md).
     """
-    if "auto" not in recipe.orthogonal:
+    if "auto" not in recipe.rotate:
         return {}
     free = ("stream", "values") if any(_is_free(original.model, stage) for stage in original.stages) else ()
-    named = (part for part in recipe.orthogonal if part != "auto")
-    return {"orthogonal": tuple(dict.fromkeys([*free, *named]))}
+    named = (part for part in recipe.rotate if part != "auto")
+    return {"rotate": tuple(dict.fromkeys([*free, *named]))}
 
 
 def _is_free(model: Any, stage: Stage) -> bool:
@@ -67,21 +67,21 @@ def check_rotation(original: Original, recipe: Recipe) -> None:
     Raises:
         UsageError: it names the part and what stands in its way.
     """
-    for part in recipe.orthogonal:
+    for part in recipe.rotate:
         if not any(_allows(stage, part) for stage in original.stages):
             reasons = [stage.residual.why_not for stage in original.stages if stage.residual and stage.residual.why_not]
             raise UsageError(
-                f"orthogonal {part!r}: {original.model.config.model_type} models cannot be rotated there"
+                f"rotate {part!r}: {original.model.config.model_type} models cannot be rotated there"
                 f"{f' ({reasons[0]})' if reasons and part == 'stream' else ''}; leave it out"
             )
     for stage in original.stages:
-        if "stream" in recipe.orthogonal and _allows(stage, "stream"):
+        if "stream" in recipe.rotate and _allows(stage, "stream"):
             check_stream(original.model, stage)
 
 
 @torch.no_grad()
 def rotate(original: Original, recipe: Recipe) -> Rotated:
-    """Rotate the model as `recipe.orthogonal` says: now, or block by block as its source reads them.
+    """Rotate the model as `recipe.rotate` says: now, or block by block as its source reads them.
 
     What stands outside the blocks is rounded to the checkpoint's type, so that learning sees what it will hold.
 
@@ -92,24 +92,24 @@ def rotate(original: Original, recipe: Recipe) -> Rotated:
     model, block_source = original.model, original.block_source
     sizes, online, untied, place = [], [], 0, 0
     for stage in original.stages:
-        if "stream" in recipe.orthogonal and _allows(stage, "stream"):
+        if "stream" in recipe.rotate and _allows(stage, "stream"):
             matrix = stream_matrix(model, stage, recipe)
             untied = rotate_stream(original, stage, matrix)
             sizes.append(len(matrix))
         for index, block in enumerate(stage.blocks(model)):
             path = f"{stage.path}.{index}"
-            if "values" in recipe.orthogonal:
+            if "values" in recipe.rotate:
                 sizes += [pair.value_rows.shape[-1] for pair in _pairs(stage)]
                 block_source.alter(
                     path, partial(_rotate_all_values, pairs=_pairs(stage), recipe=recipe, seed=recipe.seed + 1 + place)
                 )
-            if "down" in recipe.orthogonal and stage.residual is not None:
+            if "down" in recipe.rotate and stage.residual is not None:
                 linear: nn.Linear = block.get_submodule(stage.residual.down)  # type: ignore[assignment]
                 add_online_transform(linear)
                 block_source.alter(path, partial(_transform_down, stage.residual.down))
                 online.append(f"{path}.{stage.residual.down}")
             place += 1
-    unknown = [size for size in dict.fromkeys(sizes) if recipe.orthogonal_kind == "hadamard" and hadamard(size) is None]
+    unknown = [size for size in dict.fromkeys(sizes) if recipe.rotate_by == "hadamard" and hadamard(size) is None]
     notes = [f"No Hadamard matrix of order {size} is known here: it is rotated at random instead." for size in unknown]
     return Rotated(tuple(online), untied, notes)
 
@@ -133,14 +133,14 @@ def check_stream(model: Any, stage: Stage) -> str:
         odd = sorted(linears ^ (readers | set(residual.writers)))
         if odd:
             raise UsageError(
-                f"orthogonal 'stream': {stage.path}.{index}.{odd[0]} neither reads the residual stream behind a norm "
+                f"rotate 'stream': {stage.path}.{index}.{odd[0]} neither reads the residual stream behind a norm "
                 f"nor writes to it; leave it out"
             )
     above, head = model.get_submodule(stage.path.rpartition(".")[0]), model.get_output_embeddings()
     if head is None or getattr(above, residual.norm, None) is None:
-        raise UsageError("orthogonal 'stream': a model without a language head would answer in rotated hidden states")
+        raise UsageError("rotate 'stream': a model without a language head would answer in rotated hidden states")
     if getattr(above, "project_in", None) is not None:
-        raise UsageError("orthogonal 'stream': embeddings of another width than the blocks' cannot be rotated")
+        raise UsageError("rotate 'stream': embeddings of another width than the blocks' cannot be rotated")
     return next(name for name, module in model.named_modules() if module is head)
 
 
@@ -157,7 +157,7 @@ def stream_matrix(model: Any, stage: Stage, recipe: Recipe) -> Tensor:
     residual, above = _residual(stage), model.get_submodule(stage.path.rpartition(".")[0])
     width = above.get_submodule(residual.embeddings[0]).weight.shape[1]
     keep_mean = isinstance(getattr(above, residual.norm, None), nn.LayerNorm)
-    return orthogonal_matrix(width, recipe.orthogonal_kind, torch.Generator().manual_seed(recipe.seed), keep_mean)
+    return orthogonal_matrix(width, recipe.rotate_by, torch.Generator().manual_seed(recipe.seed), keep_mean)
 
 
 def _residual(stage: Stage) -> ResidualStream:
@@ -212,7 +212,7 @@ def _rotate_block(block: nn.Module, *, norms: Sequence[NormToLinears], writers: 
 def _rotate_all_values(block: nn.Module, *, pairs: Sequence[ValueToOutput], recipe: Recipe, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for pair in pairs:
-        turn = orthogonal_matrix(pair.value_rows.shape[-1], recipe.orthogonal_kind, generator)
+        turn = orthogonal_matrix(pair.value_rows.shape[-1], recipe.rotate_by, generator)
         _rotate_values(block, pair, turn)
 
 
@@ -259,7 +259,7 @@ def _fold_norm(norm: nn.Module, offset: float, readers: Sequence[nn.Module], *, 
     norm.weight.fill_(1 - offset)  # type: ignore[operator]
     if bias is not None:
         if stays and bool(((gain == 0) & (bias != 0)).any()):
-            raise UsageError(f"orthogonal 'stream': the norm {name} has a bias beside a weight of zero; leave it out")
+            raise UsageError(f"rotate 'stream': the norm {name} has a bias beside a weight of zero; leave it out")
         rotated = torch.where(gain == 0, 0.0, bias / gain) @ matrix
         norm.bias.copy_(rotated if stays else torch.zeros_like(rotated))  # type: ignore[operator]
     for reader in readers:
@@ -311,7 +311,7 @@ def _carry_out(run: Run) -> None:
 ROTATION = Pass(
     "rotation",
     _carry_out,
-    applies=lambda recipe: bool(recipe.orthogonal),
+    applies=lambda recipe: bool(recipe.rotate),
     resolve=resolve_rotation,
     check=check_rotation,
 )

@@ -27,7 +27,7 @@ def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> lis
             continue
         if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention_inputs):
             continue
-        if isinstance(equivalence, UpToDown) and (not recipe.smooth_mlp or "down" in recipe.orthogonal):
+        if isinstance(equivalence, UpToDown) and (not recipe.smooth_mlp or "down" in recipe.rotate):
             continue
         enabled.append(equivalence)
     return enabled

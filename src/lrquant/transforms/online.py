@@ -29,7 +29,7 @@ def block_of(width: int) -> int:
     block = width & -width
     if block < LEAST_BLOCK:
         raise UsageError(
-            f"orthogonal 'down': no power of two from {LEAST_BLOCK} on divides the {width} inputs of the down "
+            f"rotate 'down': no power of two from {LEAST_BLOCK} on divides the {width} inputs of the down "
             f"projection; leave it out"
         )
     return block

@@ -24,7 +24,7 @@ class RankKRotation(Learnable):
     parts = (LEFT, RIGHT)
 
     def enabled(self, recipe: Recipe) -> bool:
-        return recipe.rotation and recipe.rotation_rank > 1
+        return recipe.rotation_vectors and recipe.rotation_rank > 1
 
     def start(self, fixed: BlockParameters, start: Start) -> Learnables:
         generator = torch.Generator().manual_seed(start.recipe.seed + start.block_index)

@@ -21,7 +21,7 @@ class RotationVector(Learnable):
     parts = ("rotation",)
 
     def enabled(self, recipe: Recipe) -> bool:
-        return recipe.rotation and recipe.rotation_rank == 1
+        return recipe.rotation_vectors and recipe.rotation_rank == 1
 
     def start(self, fixed: BlockParameters, start: Start) -> Learnables:
         return {f"{name}.rotation": fixed.weight(name).new_ones(len(fixed.weight(name)), 1) for name in fixed.linears}
