@@ -165,7 +165,9 @@ MANY_ARGUMENTS = {
 }
 LONG = {"report.page._sections"}
 BY_PLACE = {
+    "architectures.double": 1,  # as torch calls it
     "architectures.gated_decoder": 1,
+    "architectures.trace": 1,  # as torch calls it
     "architectures.vision_encoder": 1,
     "calibration.activation_cache": 1,
     "calibration.capture": 1,
