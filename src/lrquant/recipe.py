@@ -332,8 +332,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lrquant": {},
     "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation": True},
     "lrquant-max": {
-        "loss": "balanced",
         "two_branch": True,
+        "dynamic_loss": True,
         "rotation": True,
         "rounding": "learned",
         "epochs": 10,
@@ -405,7 +405,7 @@ def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
 # learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.
 WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "omniquant": {"let": False},
-    "lrquant-max": {"two_branch": False, "rotation": False, "tuning_epochs": 4},
+    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation": False, "tuning_epochs": 4},
 }
 
 # What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.
