@@ -70,7 +70,7 @@ def run(
     told = json.loads(Path(sys.argv[1]).read_text())
     job = Job(**{field.name: told[field.name] for field in fields(Job)})
     measure = module_of(job.source, "evaluation.perplexity").perplexity
-    memory = module_of(job.source, "memory").PeakMemory()
+    memory = module_of(job.source, "runtime.memory").PeakMemory()
     torch.manual_seed(job.seed)
     torch.set_num_threads(job.threads)
     began, processor = time.perf_counter(), time.process_time()

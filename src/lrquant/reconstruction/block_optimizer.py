@@ -100,7 +100,7 @@ def learn(
     recoveries = epochs_left = 0
     generator = torch.Generator().manual_seed(seed)
     device = next(iter(initial.values())).device
-    balance = RunningBalance() if recipe.dynamic_loss else None
+    balance = _balance(recipe)
     optimizer, schedule = _optimizer(current, recipe, samples, batch, 1.0)
     for epoch in range(recipe.epochs):
         order = shuffled(samples, batch, generator)
@@ -132,7 +132,7 @@ def learn(
         if recoveries > MOST_RECOVERIES:
             break
         current = {name: tensor.clone().requires_grad_() for name, tensor in best.items()}
-        balance = RunningBalance() if recipe.dynamic_loss else None
+        balance = _balance(recipe)
         optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
 
     final = _copy(current)
@@ -167,6 +167,11 @@ def or_present(
     if no_worse(learned.final_terms, now):
         return learned
     return replace(learned, outcome="kept present", final_loss=loss, final_terms=now)
+
+
+def _balance(recipe: Recipe) -> RunningBalance | None:
+    """The dynamic loss's averages; `balanced` weighs its terms by itself."""
+    return RunningBalance() if recipe.dynamic_loss and recipe.loss != "balanced" else None
 
 
 def _are_finite(learnables: Learnables) -> bool:
