@@ -4,7 +4,7 @@ A field of `Recipe` is the only place where a setting is written. Its option, th
 which it stands and its line in docs/cli.md are generated from the field (`lrquant.cli.settings`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -33,25 +33,14 @@ class Setting:
     """What the command line needs to know of a field besides its type, default and description."""
 
     panel: Panel
-    option: str | None = ""  # its name without dashes; empty: the field's; None: the field is set in recipes only
+    option: str | None = ""  # its name without dashes, or `on/off` of a switch; empty: the field's; None: no option
     rare: bool = False  # shown by --help-all only
     metavar: str | None = None
     unset: str | None = None  # what None or an empty value means, in words
     formerly: str | None = None  # the field's earlier name; with dashes, its option's
 
 
-def setting(
-    default: Any,
-    panel: Panel,
-    description: str,
-    *,
-    option: str | None = "",
-    rare: bool = False,
-    metavar: str | None = None,
-    unset: str | None = None,
-    formerly: str | None = None,
-    **constraints: Any,
-) -> Any:
+def setting(default: Any, panel: Panel, description: str, **more: Any) -> Any:
     """A field of `Recipe`.
 
     >>> group_size: int | None = setting(None, Panel.FORMAT, "Input channels that share a scale", unset="a row", ge=1)
@@ -60,17 +49,14 @@ def setting(
         default: the value in the default preset.
         panel: where its option stands in help.
         description: a short phrase, shown by `--help` and docs/cli.md.
-        option: the option's name where it is not the field's; `on/off` names the two of a switch; None: no option.
-        rare: show it under `--help-all` only.
-        metavar: what stands for the value in help.
-        unset: what the empty default means, in words.
-        formerly: the name that the field had, which stays valid; using it says the new one.
-        constraints: pydantic's `ge`, `gt`, `le`, `lt`.
+        more: what else `Setting` knows of it (`option`, `rare`, `metavar`, `unset`, `formerly`), and pydantic's
+            constraints (`ge`, `gt`, `le`, `lt`).
     """
     from pydantic import Field
 
-    field: FieldInfo = Field(default, description=description, **constraints)
-    field.metadata.append(Setting(panel, option, rare, metavar, unset, formerly))
+    own = {each.name: more.pop(each.name) for each in fields(Setting) if each.name in more}
+    field: FieldInfo = Field(default, description=description, **more)
+    field.metadata.append(Setting(panel, **own))
     return field
 
 

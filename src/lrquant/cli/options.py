@@ -48,40 +48,6 @@ PushToHub = Annotated[
 Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository a private one.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
-
-class Dtype(StrEnum):
-    """Precisions that a model may compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.", autocompletion=model_names),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
-Tasks = Annotated[
-    str | None,
-    typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze and zoo:shapes-vqa are offline."),
-]
-NumFewshot = Annotated[
-    int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
-Report = Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html beside the result.")]
-LogTo = Annotated[
-    list[Tracker] | None, typer.Option(help="Also write scalars there, by its own package; may be repeated.")
-]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="USER/NAME", help="Then upload the result to this repository of the hub.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository a private one.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-
 COLLECTIVE = ("quantize", "evaluate")  # what several processes do together
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress.")]
