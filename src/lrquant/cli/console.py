@@ -129,7 +129,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], wor
 
 
 def megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def check_output(path: Path | None, option: str = "--json") -> None:
@@ -249,11 +249,11 @@ def counting(title: str) -> Iterator[Callable[[int, int], None]]:
         if left == 0:  # a new piece
             left = total
             bar.update(task, total=(bar.tasks[0].total or 0) + total)
+            if progress.moves:
+                bar.start()  # now that there is something to count
         left -= done
         bar.advance(task, done)
 
-    if progress.moves:
-        bar.start()
     try:
         yield told
     finally:
