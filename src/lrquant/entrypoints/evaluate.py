@@ -86,7 +86,7 @@ def evaluate(
         tokenizer = getattr(ready.processor, "tokenizer", ready.processor)  # part of a multimodal model's processor
         seqlen = window(ready.model.config.get_text_config(), seqlen)
         if modality_of(ready.model) == "sentences":
-            return _masked(ready, texts, seqlen, limit_windows)
+            return _masked(ready, texts, seqlen, limit=limit_windows)
         ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
         ready.to_device()
         ranks = join(ready.device)
@@ -96,7 +96,7 @@ def evaluate(
         }
 
 
-def _masked(ready: "_Ready", texts: Sequence[str], seqlen: int, limit: int | None) -> dict[str, Perplexity]:
+def _masked(ready: "_Ready", texts: Sequence[str], seqlen: int, *, limit: int | None) -> dict[str, Perplexity]:
     """Perplexity of masked tokens, where the model has a head for them."""
     if not fills_in_masks(ready.model):
         raise UsageError(

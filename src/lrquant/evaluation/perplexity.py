@@ -26,7 +26,7 @@ class Perplexity:
     bos: bool = False  # whether every window began with the BOS token
 
 
-def windows_of(ids: Tensor, seqlen: int, limit_windows: int | None, lead: int | None = None) -> Tensor:
+def windows_of(ids: Tensor, seqlen: int, limit_windows: int | None, *, lead: int | None = None) -> Tensor:
     """`ids` (tokens,) cut into windows, (windows, seqlen), each behind the token `lead` where there is one.
 
     A last, shorter piece is left out.
@@ -58,7 +58,7 @@ def perplexity(
     Raises:
         UsageError: the text is shorter than one window.
     """
-    rows = windows_of(ids, seqlen, limit_windows, lead)
+    rows = windows_of(ids, seqlen, limit_windows, lead=lead)
     device = next(model.parameters()).device
     losses: list[float] = []
     mine = rows[ranks.rank :: ranks.world]

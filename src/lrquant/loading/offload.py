@@ -39,6 +39,7 @@ class OffloadedBlocks(BlockSource):
         model: nn.Module,
         sources: Mapping[str, Source | Part],
         dtype: torch.dtype,
+        *,
         files: SourceTensors = SourceTensors(),  # noqa: B008 - immutable
     ) -> None:
         super().__init__(model, keeps=False)
@@ -121,7 +122,7 @@ def open_offloaded(
     sources = exposed_sources(model, source)
     if len(stages) > 1 or sources is None or compat.keeps_parts_in_float32(model, dtype):
         return None
-    block_source = OffloadedBlocks(model, sources, dtype, source)
+    block_source = OffloadedBlocks(model, sources, dtype, files=source)
     head = _untied_head(model)
     block_source.fill(
         [key for key in sources if not key.startswith(f"{stages[0].path}.") and key.rpartition(".")[0] != head]
