@@ -20,7 +20,7 @@ ROOMS = [
     ["runtime"],
     ["formats", "losses"],
     ["recipe"],
-    ["transforms"],
+    ["transforms", "runtimes"],
     ["architectures", "_registration"],
     ["zoo"],
     ["loading"],

@@ -122,7 +122,7 @@ def write_checkpoint(
     config = quantization_config(model, result, recipe.stored_scheme)
     shards = ShardWriter(folder)
     for tensors in groups:
-        shards.add(_as_stored_before(model, tensors))
+        shards.add(as_stored_before(model, tensors))
     sizes = sizes_of(shards.finish())
     write_sums(folder)
     model.config.architectures = [type(model).__name__]
@@ -133,12 +133,13 @@ def write_checkpoint(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     recipe.to_yaml(folder / RECIPE_FILE)
-    card = model_card(base_model, recipe, sizes, config, result, auto_model(model.config).__name__)
+    written, auto = json.loads((folder / "config.json").read_text()), auto_model(model.config).__name__
+    card = model_card(base_model, recipe, sizes, config=written, result=result, auto=auto)
     (folder / "README.md").write_text(card)
     return sizes
 
 
-def _as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_stored_before(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """`tensors` under the names that the model's own checkpoint has, where transformers renames while it loads."""
     from transformers.core_model_loading import revert_weight_conversion
 
