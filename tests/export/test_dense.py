@@ -37,7 +37,7 @@ def test_the_weights_are_those_that_were_rounded_to(settings: dict[str, Any], tm
 def test_what_dense_weights_do_not_hold_is_refused(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model")
     recipe = lrquant.Recipe.preset(
-        "rtn", calibration="zoo:pydoc", nsamples=2, seqlen=32, wbits=4, abits=4, orthogonal=("down",)
+        "rtn", calibration="zoo:pydoc", nsamples=2, seqlen=32, wbits=4, abits=4, rotate=("down",)
     )
     lrquant.quantize(str(model), recipe, save_dir=tmp_path / "w4")
     with pytest.raises(UsageError, match="needs lrquant to run"):

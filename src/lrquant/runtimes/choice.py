@@ -20,7 +20,7 @@ _IN_BLOCKS: tuple[dict[str, Any], ...] = ({"group_size": 32}, {"group_size": 32}
 _SMALLER_BLOCK = (4, 5)  # bits that take a smaller block there without a zero point
 _FORMAT_FIELDS = {
     "numbers", "input_numbers", "wbits", "abits", "group_size", "symmetric", "activations_symmetric",
-    "quantize_attention", "target_bits", "orthogonal",
+    "quantize_attention", "target_bits", "rotate",
 }  # fmt: skip
 
 

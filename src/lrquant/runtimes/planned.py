@@ -23,7 +23,7 @@ def format_of_recipe(recipe: Recipe, model_type: str | None = None) -> StoredFor
         container=storage_format(scheme).value,
         pads_zero_points=pads_zero_points(scheme),
         attention=scheme.attention is not None,
-        needs_lrquant="down" in recipe.orthogonal,
+        needs_lrquant="down" in recipe.rotate,
         all_bits=tuple(sorted(set((recipe.layer_bits or {}).values()))) or mixed,
         model_type=model_type,
     )

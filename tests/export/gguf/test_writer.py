@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"wbits": 4, "abits": 16, "symmetric": True},
         "float32 precision, which llama.cpp's float16 does not hold",
     ),
-    "transforms at run time": ({}, {"wbits": 4, "abits": 4, "orthogonal": ("down",)}, "needs lrquant to run"),
+    "transforms at run time": ({}, {"wbits": 4, "abits": 4, "rotate": ("down",)}, "needs lrquant to run"),
     "a family without a row": ({"model_type": "olmo2"}, {"wbits": 4, "abits": 16}, "olmo2: not exported to GGUF"),
 }
 
