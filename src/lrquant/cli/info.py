@@ -134,7 +134,7 @@ def describe(directory: Path) -> Facts:
         bits_per_weight=bits / parameters if parameters else 16.0,
         quantized_linears=len(packed),
         left_alone=sorted({re.sub(r"\.\d+\.", ".*.", name) for name in quantization.get("ignore") or []}),
-        runs={name: str(verdict) for name, verdict in verdicts(format_of_config(config, attention)).items()},
+        runs={name: str(verdict) for name, verdict in verdicts(format_of_config(config)).items()},
     )
 
 
