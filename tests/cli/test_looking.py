@@ -43,7 +43,7 @@ def test_info_tells_what_quantize_told(w4a4: Path, tiny: Path, tmp_path: Path) -
     blocks = 2 * (facts["parameters"] // 2 + 2 * 64)
     assert facts["quantized_share"] == pytest.approx(facts["parameters"] / (blocks + 64 + 4096 * 64))  # head tied
     assert facts["weights"] == "int4, asymmetric, per output channel"
-    assert "no kernels for W4A4" in facts["runs"]["vLLM"]
+    assert facts["runs"]["vLLM on NVIDIA GPUs"] == "no: activations of few bits have to be symmetric"
     assert "4 bits per token and head" in done.stdout
     again = lrquant("quantize", tiny, "--save-dir", tmp_path / "w8", *QUICK, "--wbits", 8, "--abits", 8, "--symmetric",
                     "--json", tmp_path / "w8.json")  # fmt: skip
@@ -52,7 +52,7 @@ def test_info_tells_what_quantize_told(w4a4: Path, tiny: Path, tmp_path: Path) -
     facts, told = (json.loads((tmp_path / name).read_text()) for name in ("facts8.json", "w8.json"))
     assert facts["bits_per_weight"] == pytest.approx(told["bits_per_weight"])
     assert facts["bytes"] == told["checkpoint_bytes"]
-    assert facts["runs"]["vLLM"] == "yes, with its int8 kernels"
+    assert facts["runs"]["vLLM on CPUs"] == "yes: oneDNN int8 products"
 
 
 def test_info_needs_no_torch(w4a4: Path) -> None:

@@ -6,7 +6,8 @@ _ZOO_MODELS = Path(__file__).parents[1] / "zoo" / "models"
 
 # `lrquant.formats.presets.FORMATS`, which help has no time to import; a test compares the two.
 FORMAT_NAMES = (
-    *("w4a16-g128", "w8a8", "w4a8", "w4a8-fp8", "fp8", "fp8-static", "fp8-block", "fp8a16"),
+    *("w4a16-g128", "w3a16-g128", "w2a16-g64", "w8a8", "w4a8", "w4a4", "w4a8-fp8"),
+    *("fp8", "fp8-static", "fp8-block", "fp8a16"),
     *("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "mxfp8a16"),
 )
 
@@ -29,6 +30,12 @@ def method_names(incomplete: str) -> list[str]:
 
 def format_names(incomplete: str) -> list[str]:
     return _starting(incomplete, list(FORMAT_NAMES))
+
+
+def runtime_names(incomplete: str) -> list[str]:
+    from lrquant.runtimes import RUNTIMES
+
+    return _starting(incomplete, [runtime.key for runtime in RUNTIMES])
 
 
 def calibration_names(incomplete: str) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from lrquant.cli import console
 from lrquant.cli.quantize import JsonFile
 from lrquant.errors import LrquantError, UsageError
+from lrquant.runtimes import format_of_config, verdicts
 
 _MAX_HEADER = 100 << 20
 
@@ -147,7 +148,7 @@ def describe(directory: Path) -> Facts:
         bits_per_weight=bits / parameters if parameters else 16.0,
         quantized_linears=len(packed),
         left_alone=sorted({re.sub(r"\.\d+\.", ".*.", name) for name in quantization.get("ignore") or []}),
-        runs=runs_in(quantization, weights, inputs),
+        runs={name: str(verdict) for name, verdict in verdicts(format_of_config(config)).items()},
         total_parameters=parameters + dense,
         floating_point={str(why): str(names) for why, names in reasons.items()} if isinstance(reasons, dict) else {},
     )
@@ -157,40 +158,6 @@ def _is_part(name: str, linears: set[str]) -> bool:
     """Whether the tensor `name` belongs to one of the quantized `linears` and is no bias."""
     linear, _, own = name.rpartition(".")
     return linear in linears and own != "bias"
-
-
-def runs_in(
-    quantization: dict[str, Any], weights: dict[str, Any] | None, inputs: dict[str, Any] | None
-) -> dict[str, str]:
-    """Which programs read the checkpoint, and how they compute it."""
-    if quantization["quant_method"] == "lrquant":
-        return {
-            "transformers": "yes, after import lrquant (it adds the biases of the shift)",
-            "vLLM": "no: it does not know the added biases; quantize with --shift off",
-        }
-    if weights is None:
-        return {"transformers": "yes", "vLLM": "yes, in floating point (the weights are stored dense)"}
-    wbits, abits = weights.get("num_bits"), (inputs or {}).get("num_bits", 16)
-    if weights.get("type") == "float":
-        loads = "weights unpacked while loading" if inputs is None else "weights unpacked, activations rounded"
-        kernels = "four-bit floats" if wbits == 4 else "FP8 (Hopper, Ada and later; weight-only by Marlin's elsewhere)"
-        return {"transformers": f"yes, {loads}", "vLLM": f"yes, with its kernels for {kernels}"}
-    simulated = "yes; weights are unpacked, activations rounded as calibrated: right answers, not faster"
-    if inputs is None:
-        vllm = "yes" if wbits in (4, 8) else f"no: its weight-only kernels take 4 and 8 bits, not {wbits}"
-        return {"transformers": "yes, weights unpacked while loading or running", "vLLM": vllm}
-    if (inputs or {}).get("type") == "float":
-        hopper = weights.get("group_size") == 128 and wbits == 4 and weights.get("symmetric")
-        vllm = (
-            "yes, with its W4A8 kernels for Hopper" if hopper else "no: only symmetric 4-bit weights in groups of 128"
-        )
-        return {"transformers": simulated, "vLLM": vllm}
-    if wbits == abits == 8 and weights.get("symmetric"):
-        return {"transformers": simulated, "vLLM": "yes, with its int8 kernels"}
-    if (wbits, abits) == (4, 8) and weights.get("symmetric"):
-        return {"transformers": simulated, "vLLM": "yes, with its W4A8 kernels for Arm CPUs"}
-    why = "8-bit activations need symmetric 8-bit weights there" if abits == 8 else f"no kernels for W{wbits}A{abits}"
-    return {"transformers": simulated, "vLLM": f"no: {why}"}
 
 
 def _described(args: dict[str, Any] | None) -> str:

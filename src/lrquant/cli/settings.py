@@ -31,7 +31,7 @@ COMPLETION = {"calibration": calibration_names, "method": method_names}
 # Where the options that no recipe holds stand in help; what is not named here is about evaluation and the report.
 PANELS = {
     Panel.TARGET: ("reference", "save_dir", "recipe", "dry_run", "restart", "push_to_hub", "private"),
-    Panel.FORMAT: ("format",),
+    Panel.FORMAT: ("format", "runtime"),
     Panel.CALIBRATION: ("data", "statistics", "save_statistics"),
     Panel.METHOD: ("lr_plus", "paper_exact", "blocks"),
     Panel.MACHINE: ("device", "activations", "trust_remote_code"),

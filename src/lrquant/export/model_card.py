@@ -11,6 +11,7 @@ from lrquant.export.sizes import Sizes
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.result import Reconstruction
+from lrquant.runtimes import RUNTIMES, commands, format_of_config
 
 _CARD = """---
 {metadata}---
@@ -31,6 +32,10 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 ```python
 {loading}
 ```
+
+## Serving
+
+{serving}
 
 {attention}{dense}The whole recipe is in `recipe.yaml`.
 """
@@ -62,22 +67,39 @@ def _coverage_rows(coverage: Coverage | None) -> str:
     return "".join(f"| {what} | {how.replace('|', '/').replace('*', chr(92) + '*')} |\n" for what, how in rows)
 
 
+def _serving(config: dict[str, Any]) -> str:
+    """A table of what each program makes of the checkpoint with this config.json."""
+    stored = format_of_config(config)
+    started = commands(stored, "PATH")
+    lines = ["| program | | command |", "|---|---|---|"]
+    for runtime in RUNTIMES:
+        command = f"`{started[runtime.name]}`" if runtime.name in started else ""
+        lines.append(f"| {runtime.name} ({runtime.version}) | {runtime.judge(stored)} | {command} |")
+    return "\n".join(lines)
+
+
 def model_card(
     base: str,
     recipe: Recipe,
     sizes: Sizes,
+    *,
     config: dict[str, Any],
     result: Reconstruction,
     auto: str,
-    *,
     coverage: Coverage | None = None,
 ) -> str:
-    """Markdown with YAML metadata. `auto` is the Auto class that loads the checkpoint."""
+    """Markdown with YAML metadata. `config` is config.json's contents, `auto` the Auto class that loads the model."""
+    quantization = config["quantization_config"]
+    packed = f"compressed-tensors {quantization['format']}"
     own = result.needs_lrquant
     loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     if own:
         loading = "import lrquant  # teaches transformers what this checkpoint adds to its model\n" + loading
-    if auto == "AutoModelForImageTextToText" and "vision" in (recipe.towers or ()) and not config.get("dequantize"):
+    if (
+        auto == "AutoModelForImageTextToText"
+        and "vision" in (recipe.towers or ())
+        and not quantization.get("dequantize")
+    ):
         loading += "\nmodel(**inputs)  # once, before model.generate(**inputs): the first call unpacks the vision tower"
     attention = ""
     if result.attention_quantized and recipe.scheme.attention:
@@ -118,7 +140,7 @@ def model_card(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         base=base,
         format=recipe.format_name,
-        container="lrquant's own format over compressed-tensors" if own else f"compressed-tensors {config['format']}",
+        container="lrquant's own format over compressed-tensors" if own else packed,
         method=recipe.method,
         bits=sizes.bits_per_weight,
         spread=_spread(recipe.layer_bits),
@@ -129,6 +151,7 @@ def model_card(
         calibration=recipe.calibration,
         seed=recipe.seed,
         loading=loading,
+        serving=_serving(config),
         attention=attention,
         dense=dense,
     )

@@ -157,8 +157,8 @@ def write_checkpoint(
         about.processor.save_pretrained(folder)
     recipe = recipe.changed(calibration=public_name(recipe.calibration))
     recipe.to_yaml(folder / RECIPE_FILE)
-    auto = auto_model(model.config).__name__
-    card = model_card(about.base, recipe, sizes, config, result, auto, coverage=about.coverage)
+    written, auto = json.loads((folder / "config.json").read_text()), auto_model(model.config).__name__
+    card = model_card(about.base, recipe, sizes, config=written, result=result, auto=auto, coverage=about.coverage)
     (folder / "README.md").write_text(card)
     return sizes
 

@@ -61,10 +61,14 @@ class _AnyIntegers(NamedFormat):
     def presets(self) -> dict[str, dict[str, Any]]:
         weights: dict[str, Any] = {"symmetric": True, "quantize_attention": False}
         both = weights | {"activations_symmetric": True}
+        alone: dict[str, Any] = {"quantize_attention": False, "abits": HIGH_PRECISION_BITS}
         return {
             "w4a16-g128": weights | {"wbits": 4, "abits": HIGH_PRECISION_BITS, "group_size": 128},
             "w8a8": both | {"wbits": 8, "abits": 8},
             "w4a8": both | {"wbits": 4, "abits": 8},
+            "w4a4": both | {"wbits": 4, "abits": 4},
+            "w3a16-g128": alone | {"wbits": 3, "group_size": 128},
+            "w2a16-g64": alone | {"wbits": 2, "group_size": 64},
         }
 
 

@@ -3,18 +3,20 @@
 A row (`NamedFormat`) is what a recipe's `numbers` or `input_numbers` may say. From it follow the names of `--format`,
 each of which stands for fields of a recipe:
 
-| name | weights | inputs | where it runs at full speed |
-|---|---|---|---|
-| nvfp4, nvfp4a16 | E2M1 in groups of 16 | the same, or 16 bits | NVIDIA Blackwell; weight-only: vLLM's Marlin |
-| mxfp4, mxfp4a16 | E2M1 in groups of 32 | the same, or 16 bits | OCP MX hardware; weight-only: vLLM's Marlin |
-| fp8, fp8a16 | E4M3, a scale per channel | E4M3, a scale per token at run time, or 16 bits | Hopper, Ada and later |
-| fp8-static | E4M3, a scale per channel | E4M3, one calibrated scale | the same |
-| fp8-block | E4M3 in blocks of 128 × 128 | E4M3 in groups of 128 | Hopper and later |
-| mxfp8, mxfp8a16 | E4M3 in groups of 32 | the same, or 16 bits | OCP MX hardware |
-| w4a16-g128 | 4-bit integers, symmetric, groups of 128 | 16 bits | vLLM's Marlin and Machete kernels |
-| w8a8 | 8-bit integers, symmetric, per channel | 8-bit integers, symmetric | vLLM's int8 kernels |
-| w4a8 | 4-bit integers, symmetric, per channel | 8-bit integers, symmetric | vLLM's CPU kernels on Arm |
-| w4a8-fp8 | 4-bit integers, symmetric, groups of 128 | E4M3, a scale per token at run time | vLLM's Hopper kernels |
+| name | weights | inputs |
+|---|---|---|
+| nvfp4, nvfp4a16 | E2M1 in groups of 16 | the same, or 16 bits |
+| mxfp4, mxfp4a16 | E2M1 in groups of 32 | the same, or 16 bits |
+| fp8, fp8a16 | E4M3, a scale per channel | E4M3, a scale per token at run time, or 16 bits |
+| fp8-static | E4M3, a scale per channel | E4M3, one calibrated scale |
+| fp8-block | E4M3 in blocks of 128 × 128 | E4M3 in groups of 128 |
+| mxfp8, mxfp8a16 | E4M3 in groups of 32 | the same, or 16 bits |
+| w4a16-g128 | 4-bit integers, symmetric, groups of 128 | 16 bits |
+| w3a16-g128, w2a16-g64 | 3-bit and 2-bit integers, asymmetric, groups of 128 and 64 | 16 bits |
+| w4a8-fp8 | 4-bit integers, symmetric, groups of 128 | E4M3, a scale per token at run time |
+| w8a8, w4a8, w4a4 | 8-bit or 4-bit integers, symmetric, per channel | 8-bit or 4-bit integers, symmetric |
+
+Which programs run them, and with which kernels, is `lrquant.runtimes`' table.
 
 `register` adds a row: docs/adding-a-format.md.
 """

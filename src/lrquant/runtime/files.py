@@ -48,10 +48,12 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise LrquantError(f"{path}: cannot be written ({reason(error)})") from error
+        if isinstance(error, OSError | SafetensorError):
+            raise LrquantError(f"{path}: cannot be written ({reason(error)})") from error
+        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,5 @@
+"""GGUF, llama.cpp's file of a whole model: weights in blocks, the model's numbers, the tokenizer."""
+
+from lrquant.export.gguf.writer import export_gguf
+
+__all__ = ["export_gguf"]

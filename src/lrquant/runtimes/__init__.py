@@ -1,0 +1,18 @@
+"""One table of the programs that run checkpoints: which number formats each takes, with which kernel, or why not."""
+
+from lrquant.runtimes.runtime import Runtime, Verdict
+from lrquant.runtimes.stored_format import Numbers, StoredFormat, format_of_config
+from lrquant.runtimes.table import RUNTIMES, by_key, commands, served, verdicts
+
+__all__ = [
+    "RUNTIMES",
+    "Numbers",
+    "Runtime",
+    "StoredFormat",
+    "Verdict",
+    "by_key",
+    "commands",
+    "format_of_config",
+    "served",
+    "verdicts",
+]

@@ -1,0 +1,20 @@
+"""Plain transformers, which computes with what compressed-tensors unpacks."""
+
+from lrquant.runtimes.runtime import Runtime, Verdict, yes
+from lrquant.runtimes.stored_format import StoredFormat
+
+
+def _judge(stored: StoredFormat) -> Verdict:
+    if stored.needs_lrquant:
+        return yes("after import lrquant; dense linears in floating point, no faster than before")
+    if stored.weights is None:
+        return yes("in floating point; the weights are stored dense")
+    if stored.inputs is None:
+        return yes("as dense linears: weights are unpacked at load, so neither faster nor smaller in memory")
+    return yes("weights unpacked, activations rounded as calibrated: right answers, slower than before")
+
+
+RUNTIME = Runtime(
+    "transformers", "transformers", "5.24.0", "2026-11-25", "the tests run it", _judge,
+    lambda stored: "lrquant eval {path} --ppl zoo:pydoc",
+)  # fmt: skip
