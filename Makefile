@@ -1,11 +1,12 @@
 # The commands that people use; `make` alone lists them.
 PYTHON ?= python
 
-.PHONY: help install check test docs
+.PHONY: help install check quick test docs
 
 help:
 	@echo "make install   install lrquant and everything that its tests need, in editable form"
 	@echo "make check     lint, format and types, without changing a file"
+	@echo "make quick     the suite without notebooks, benchmark scripts and browsers"
 	@echo "make test      the whole suite, on two processors"
 	@echo "make docs      write docs/cli.md and build the site"
 
@@ -16,6 +17,9 @@ check:
 	ruff check
 	ruff format --check
 	mypy
+
+quick:
+	$(PYTHON) -m pytest -n 2 -m "not slow"
 
 test:
 	$(PYTHON) -m pytest -n 2

@@ -19,6 +19,7 @@ from lrquant.evaluation import perplexity
 from tests.tiny import write_tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

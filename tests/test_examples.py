@@ -10,6 +10,7 @@ from tests.tiny import write_tiny
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -34,6 +34,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert test in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs() -> None:
     """The README's example, shortened to two samples."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

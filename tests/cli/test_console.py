@@ -22,3 +22,14 @@ def test_a_bar_is_drawn_once_there_is_something_to_count() -> None:
 def test_sizes_are_gigabytes_from_a_thousand_megabytes_on() -> None:
     assert console.megabytes(999.9e6) == "999.9 MB"
     assert console.megabytes(13.26e9) == "13.26 GB"
+
+
+def test_notes_break_between_words_on_a_terminal_and_not_at_all_elsewhere() -> None:
+    line = "Queries, keys and values are quantized by lrquant.load"
+    for terminal, lines in ((True, 2), (False, 1)):
+        screen = Console(file=io.StringIO(), force_terminal=terminal, width=40, no_color=True, highlight=False)
+        with mock.patch.object(console, "out", screen):
+            console.note(line)
+        said = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert len(said) == lines
+        assert " ".join(each.strip() for each in said) == f"Note: {line}"

@@ -106,7 +106,7 @@ def say(line: str) -> None:
     """A line that is no result."""
     log.info("%s", line)
     if not progress.quiet:
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, markup=False, soft_wrap=not out.is_terminal)  # a terminal breaks lines between words
 
 
 def note(line: str) -> None:
