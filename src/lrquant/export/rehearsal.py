@@ -76,8 +76,14 @@ def check_loads(folder: Path, model_class: Any, carried: Collection[str] = ()) -
 
 def _loaded(model_class: Any, folder: Path | None, **given: Any) -> Mapping[str, Any]:
     """What transformers says of loading onto the meta device: keys that are missing, unexpected or mismatched."""
-    with apart(), redirect_stderr(io.StringIO()):  # compressed-tensors' progress bars cannot be turned off
-        _, found = model_class.from_pretrained(folder, device_map="meta", output_loading_info=True, **given)
+    from loguru import logger
+
+    logger.disable("compressed_tensors")  # it warns, tensor by tensor, of what it cannot know without weights
+    try:
+        with apart(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
+            _, found = model_class.from_pretrained(folder, device_map="meta", output_loading_info=True, **given)
+    finally:
+        logger.enable("compressed_tensors")
     return found
 
 
