@@ -7,9 +7,11 @@ from lrquant.losses import means, value
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import learn
 
+WANTED = torch.linspace(0.5, 2.0, 8)  # what the learned scales of the other tokens should come to
+
 
 def recipe(**changes: object) -> Recipe:
-    return Recipe.preset("lrquant", epochs=8, batch_size=2, schedule="constant").changed(**changes)
+    return Recipe.preset("lrquant", epochs=8, batch_size=2, schedule="cosine").changed(**changes)
 
 
 def massive_activations() -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,15 +19,15 @@ def massive_activations() -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(4, 16, 8)
     x[:, 0] *= 1000
-    target = 1.5 * x
-    target[:, 0] = x[:, 0] + 10 * torch.randn(4, 8)  # a long token that wants another scale than the others
+    target = x * WANTED
+    target[:, 0] = x[:, 0] + 10 * torch.randn(4, 8)  # an error that nothing learned changes
     return x, target
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_balanced_learns_the_other_tokens_beside_a_long_one_and_is_kept(dynamic: bool) -> None:
     x, target = massive_activations()
-    asked = recipe(loss="balanced", let_lr=0.05, dynamic_loss=dynamic)
+    asked = recipe(loss="balanced", let_lr=0.1, dynamic_loss=dynamic)
 
     def forward(learnables, chosen):
         rows = list(chosen)
@@ -33,9 +35,9 @@ def test_balanced_learns_the_other_tokens_beside_a_long_one_and_is_kept(dynamic:
         return means(torch.cat([first, x[rows, 1:] * learnables["a.scale"]], 1), [target[rows]], asked.loss)
 
     learned = learn(forward, {"a.scale": torch.ones(8)}, 4, 2, asked, 0, lambda epoch, loss: None)
-    assert learned.outcome != "kept initial"
+    assert learned.outcome == "learned"
     assert learned.final_loss < learned.initial_loss
-    assert (learned.learnables["a.scale"] - 1.5).abs().max() < (1.5 - 1) / 2
+    assert (learned.learnables["a.scale"] - WANTED).abs().mean() < 0.7 * (1 - WANTED).abs().mean()
     assert learned.final_loss == pytest.approx(
         float(value([torch.tensor(term) for term in learned.final_terms], "balanced")), rel=1e-6
     )
