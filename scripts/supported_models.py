@@ -40,7 +40,7 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
         "gemma2": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "glm": {"head_dim": 8}, "glm4": {"head_dim": 8},
         "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, "gpt_neox": {},
         "gptj": GPT | {"rotary_dim": 4}, "granite": {}, "helium": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8},
-        "llama": {}, "ministral": {}, "mistral": {}, "modernbert-decoder": {},
+        "llama": {}, "mistral": {}, "modernbert-decoder": {},
         "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, "nemotron": {}, "olmo": {},
         "olmo2": {}, "olmo3": {}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "persimmon": {}, "phi": {},
         "phi3": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "seed_oss": {"head_dim": 8}, "smollm3": {},
@@ -106,8 +106,7 @@ PAGE = """# Supported models
 
 What `lrquant` finds in a small model of each type (transformers {version}), by structure and with proof: a
 transformation is used only where the block's output stays equal in float64. Types that are not listed are looked into
-in the same way.
-A type marked • has a file of its own, which adds the rotation of its hidden states.
+in the same way. A type marked • has a file of its own ([adding a model](adding-a-model.md)).
 
 | column | scale |
 |---|---|
@@ -117,7 +116,8 @@ A type marked • has a file of its own, which adds the rotation of its hidden s
 | up | up → down projection, or what corresponds to it |
 
 Where a list has blocks of several kinds, as in hybrids, "+" stands between them. "–": nothing can be rescaled exactly
-there. A norm behind a sublayer, a norm without weights, or one whose output is also the residual stays as it is.
+there. A norm behind a sublayer, a norm without weights, or one whose output is also the residual stays as it is. Of
+multimodal models the table shows the language tower.
 """
 
 
@@ -132,19 +132,15 @@ def built(heading: str, model_type: str) -> Any:
         return getattr(transformers, AUTO.get(heading, "AutoModelForCausalLM")).from_config(config).eval()
 
 
-def row(heading: str, model_type: str) -> list[str]:
-    """The page's rows for one type: one for each tower."""
+def row(heading: str, model_type: str) -> str:
+    """The page's row for one type; of a multimodal model, that of its language tower."""
     model = built(heading, model_type)
-    mark = " •" if model_type in family_names() else ""
-    rows = []
-    for tower in family_of(model).towers:
-        (stage,) = family_of(model).stages(model, (tower,))
-        above = stage.path.rpartition(".")[0] if heading == "Multimodal" else ""
-        found = blocks_in(model, above, tower == "vision").found()
-        kinds = list({tuple(e.name for e in own): own for own in found.equivalences}.values())
-        name = f"{model_type}{mark}" + (f", {tower}" if heading == "Multimodal" else "")
-        rows.append(f"| {name} | {' | '.join(' + '.join(cell) for cell in zip(*map(cells, kinds), strict=True))} |")
-    return rows
+    family = family_of(model)
+    roots = {part.name: part.path for part in getattr(family, "parts", ())}
+    found = blocks_in(model, roots.get("language", ""), sees=False).found()
+    kinds = list({tuple(e.name for e in own): own for own in found.equivalences}.values())
+    cell = (" + ".join(each) for each in zip(*map(cells, kinds), strict=True))
+    return f"| {model_type}{' •' if model_type in family_names() else ''} | {' | '.join(cell)} |"
 
 
 def cells(own: tuple[Equivalence, ...]) -> list[str]:
@@ -160,7 +156,7 @@ def page() -> str:
     text = [PAGE.format(version=".".join(transformers.__version__.split(".")[:2]))]
     for heading, types in TYPES.items():
         text.append(f"## {heading}\n\n| model type | norms | value | q·k | up |\n|---|---|---|---|---|")
-        text.extend("\n".join(row(heading, model_type)) for model_type in types)
+        text.extend(row(heading, model_type) for model_type in types)
         text.append("")
     return "\n".join(text)
 
