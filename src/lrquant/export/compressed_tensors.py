@@ -85,7 +85,7 @@ def pack_block(
         if pads_zero_points(own, whole):
             zero = packed["weight_zero_point"]
             packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
-        elif packed.get("weight_zero_point", weight.scale).shape[0] == 1:
+        elif "weight_zero_point" in packed and packed["weight_zero_point"].shape[0] == 1:
             # Of few rows; compressed-tensors 0.18 to 0.20 cannot unpack zero points that lie in a single one.
             packed["weight_zero_point"] = nn.functional.pad(packed["weight_zero_point"], (0, 0, 0, 1))
         tensors |= {f"{linear}.{name}": tensor.contiguous() for name, tensor in packed.items()}
