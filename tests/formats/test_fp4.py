@@ -238,7 +238,7 @@ def test_nvfp4_by_hand() -> None:
 def test_names_stand_for_fields() -> None:
     recipe = Recipe.preset("lrquant+", format="nvfp4")
     assert (recipe.format_name, recipe.quantize_attention, recipe.rotation_vectors) == ("NVFP4", False, True)
-    assert not Recipe.preset("lrquant+", format="mxfp4a16").rotation  # powers of two hold none
+    assert not Recipe.preset("lrquant+", format="mxfp4a16").rotation_vectors  # powers of two hold none
     assert Recipe.preset("omniquant", format="nvfp4a16").let is False
     marlin = Recipe.preset("lrquant", format="w4a16-g128", epochs=3)
     assert (marlin.wbits, marlin.abits, marlin.group_size, marlin.symmetric, marlin.epochs) == (4, 16, 128, True, 3)

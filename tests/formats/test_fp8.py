@@ -250,7 +250,7 @@ def test_names_stand_for_fields() -> None:
     recipe = Recipe.preset("lrquant+", format="fp8")
     assert (recipe.format_name, recipe.wbits, recipe.abits, recipe.quantize_attention) == ("FP8", 8, 8, False)
     assert recipe.rotation_vectors  # folds into the channels' scales
-    assert not Recipe.preset("lrquant+", format="fp8-block").rotation
+    assert not Recipe.preset("lrquant+", format="fp8-block").rotation_vectors
     assert Recipe.preset("lrquant", format="fp8a16").scheme.inputs is None
     hopper = Recipe.preset("lrquant", format="w4a8-fp8")
     assert (hopper.format_name, hopper.symmetric, hopper.group_size) == ("W4A8-FP8 g128", True, 128)

@@ -57,7 +57,7 @@ def _served_by(quantized: "Quantized") -> list[list[str]]:
     """The commands that serve the result."""
     from lrquant.runtimes import commands, format_of_config
 
-    if quantized.saved_to is None:
+    if quantized.saved_to is None or not quantized.saved_to.is_dir():  # a folder that was only for the run
         return []
     config = json.loads((quantized.saved_to / "config.json").read_text())
     started = commands(format_of_config(config), str(quantized.saved_to))
