@@ -51,7 +51,7 @@ def test_questions_about_pictures_go_through_lm_evals_multimodal_wrapper() -> No
     model = load_model("zoo:llava", torch.float32)
     found = run_tasks(model, processor, ["zoo:shapes-vqa"], limit=24)
     assert not found.failed
-    ours = evaluate_answers(model, ["zoo:shapes-vqa"], 24, processor)["zoo:shapes-vqa"]
+    ours = evaluate_answers(model, ["zoo:shapes-vqa"], 24, processor=processor)["zoo:shapes-vqa"]
     assert found.results["zoo_shapes-vqa"]["exact_match,none"] == pytest.approx(ours.exact_match)
 
 

@@ -84,7 +84,7 @@ def test_floats_are_dequantized(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", REFUSED)
 def test_the_rest_is_refused_by_its_configuration(kind: str, tmp_path: Path) -> None:
     tiny = configured(write_tiny(tmp_path / "tiny"), REFUSED[kind])
-    with pytest.raises(UsageError, match=rf"already quantized \({kind}\); quantize the original model"):
+    with pytest.raises(UsageError, match=rf"already quantized \({kind}\); take the full-precision original"):
         dequantizing(load_config(str(tiny)), "tiny")
 
 

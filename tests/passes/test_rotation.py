@@ -51,7 +51,7 @@ def original(model: Any) -> Original:
 def resolved(model: Any, *parts: str) -> tuple[str, ...]:
     """What the parts come to on `model`."""
     recipe = Recipe.preset("lrquant", rotate=parts)
-    return recipe.changed(**resolve_rotation(original(model), recipe)).orthogonal
+    return recipe.changed(**resolve_rotation(original(model), recipe)).rotate
 
 
 def tied(model: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from lrquant.architectures.targets import has_exposed
 from lrquant.calibration.activation_cache import Where
 from lrquant.entrypoints.preparation import PreparedRun, check_result, pick_machine, prepare
 from lrquant.entrypoints.reporting import Subject, report_quantized
@@ -272,7 +273,9 @@ def _saved(
         write_checkpoint(
             folder, model, result, groups=groups, storage_dtype=storage_dtype, about=about, sizes_of=sizes_of
         )
-        check_loads(folder, auto_model(model.config) if result.needs_lrquant else type(model), original.tensors.carried)
+        loader = auto_model(model.config) if result.needs_lrquant else type(model)
+        merges = has_exposed(model) and not result.own_layout
+        check_loads(folder, loader, original.tensors.carried, merges=merges)
 
     if not directory.is_placed():
         directory.place(write)

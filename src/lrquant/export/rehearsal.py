@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrquant.architectures.targets import has_exposed
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export.compressed_tensors import STATIC_SCALES, block_tensors, outside_tensors, quantization_config
 from lrquant.export.expert_layout import in_own_layout, stored_names
@@ -27,6 +28,7 @@ from lrquant.reconstruction.block_parameters import freeze
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime.distributed import apart
+from lrquant.runtime.memory import available_bytes
 
 
 def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str], name: str) -> int:
@@ -48,7 +50,8 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
                       *block_tensors(skeleton, result, scheme, storage_dtype)):  # fmt: skip
             tensors |= as_stored_before(model, group, names)
-        if result.own_layout:  # plain transformers refuses it, and says what it needs
+        # Plain transformers refuses the one, and merges the other's experts by their values, which are not here.
+        if result.own_layout or has_exposed(model):
             return sum(tensor.nbytes for tensor in tensors.values())
         config = deepcopy(model.config)
         config.quantization_config = quantization_config(skeleton, result, scheme)
@@ -62,27 +65,34 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def check_loads(folder: Path, model_class: Any, carried: Collection[str] = ()) -> None:
+def check_loads(folder: Path, model_class: Any, carried: Collection[str] = (), *, merges: bool = False) -> None:
     """Raise unless plain transformers loads the checkpoint in `folder`; nothing of it is read but headers.
+
+    `merges`: transformers makes one tensor of several packed ones, for which it reads them all; that is done where
+    there is memory for the model in float32, and left out elsewhere.
 
     Raises:
         LrquantError: it does not; with what transformers says.
     """
+    unpacked = 8 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if merges and unpacked > available_bytes() // 2:
+        return
     try:
-        found = _loaded(model_class, folder)
+        found = _loaded(model_class, folder, device_map="cpu" if merges else "meta")
     except Exception as error:
         raise LrquantError(f"{folder.name}: transformers cannot load the result ({first_line(error)})") from error
     _check(found, folder.name, carried)
 
 
 def _loaded(model_class: Any, folder: Path | None, **given: Any) -> Mapping[str, Any]:
-    """What transformers says of loading onto the meta device: keys that are missing, unexpected or mismatched."""
+    """What transformers says of loading, onto the meta device unless another is given: keys that do not fit."""
     from loguru import logger
 
     logger.disable("compressed_tensors")  # it warns, tensor by tensor, of what it cannot know without weights
     try:
         with apart(), redirect_stderr(io.StringIO()):  # its progress bars cannot be turned off
-            _, found = model_class.from_pretrained(folder, device_map="meta", output_loading_info=True, **given)
+            given = {"device_map": "meta"} | given
+            _, found = model_class.from_pretrained(folder, output_loading_info=True, **given)
     finally:
         logger.enable("compressed_tensors")
     return found

@@ -32,7 +32,7 @@ def dequantizing(config: Any, name: str) -> Any:
         return None
     method = str(found.get("quant_method", "an unknown method")).removeprefix("QuantizationMethod.").lower()
     if not (method in _FLOATING or (method == "compressed-tensors" and _only_floats(found))):
-        raise UsageError(f"{name}: already quantized ({_described(method, found)}); quantize the original model")
+        raise UsageError(f"{name}: already quantized ({_described(method, found)}); take the full-precision original")
     from transformers.quantizers.auto import AutoQuantizationConfig
 
     return AutoQuantizationConfig.from_dict(found | {"dequantize": True})

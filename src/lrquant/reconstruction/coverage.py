@@ -173,7 +173,10 @@ def coverage_of(
         kinds[structure] = BlockKind(
             before.name, (*before.blocks, index), before.parameters + size, before.quantized + took
         )
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # a skeleton's ties are in its words alone
     for name, parameter in model.named_parameters():
+        if name in tied:
+            continue
         total += parameter.numel()
         if name in quantized:
             done += parameter.numel()
