@@ -31,10 +31,15 @@ def expose_linears(model: Any) -> None:
         elif isinstance(module, Conv1D):
             model.set_submodule(name, experts.view_of(module.weight.T, module.bias))
     for module in model.modules():  # a family's code for new models would look for what is gone
-        if experts.are_linears(module) or any(isinstance(child, experts.LinearView) for child in module.children()):
+        if is_exposed(module):
             compat.leave_uninitialized(module)
     if found:
         model.set_experts_implementation(experts.IMPLEMENTATION)
+
+
+def is_exposed(module: nn.Module) -> bool:
+    """Whether `module` has linears in place of what its family's own code has there."""
+    return experts.are_linears(module) or any(isinstance(child, experts.LinearView) for child in module.children())
 
 
 def has_exposed(model: nn.Module) -> bool:

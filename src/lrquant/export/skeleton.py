@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lrquant.architectures.targets import is_exposed
 from lrquant.runtime.compat import initialize
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -32,6 +33,8 @@ def fills_weights(model: nn.Module, path: str, linears: tuple[str, ...]) -> bool
         del block.get_submodule(name).weight
     owner = _owner(model, path)
     for module in block.modules():
+        if is_exposed(module):  # transformers' own code has whole tensors there
+            continue
         try:
             initialize(owner, module)
         except AttributeError:
