@@ -24,7 +24,7 @@ from lrquant.export.skeleton import skeleton_of
 from lrquant.formats.activation_quant import CACHE_SCALES
 from lrquant.loading.pretrained import first_line
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_parameters import freeze
+from lrquant.reconstruction.block_parameters import FrozenBlock, freeze
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime.distributed import apart
@@ -44,7 +44,8 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     try:
         for path in paths:
             fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
-            result.frozen.append(freeze(fixed, {}))
+            frozen = FrozenBlock({}, dict(fixed.tensors)) if recipe.dense else freeze(fixed, {})
+            result.frozen.append(frozen)
         result.own_layout = in_own_layout(skeleton, result)
         names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
