@@ -161,13 +161,13 @@ def test_ranks_divide_what_bits_are_worth_and_choose_the_same(tmp_path: Path, mo
     """Also when one of them went on from an interrupted run's choice: then nothing is measured."""
     tiny = write_tiny(tmp_path / "tiny")
     recipe = Recipe.preset("rtn", wbits=4, target_bits=4.5, group_size=32)
-    real, measured = allocation._error, [0]
+    real, measured = allocation._Measuring._error, [0]
 
     def error(*arguments: Any) -> float:
         measured[0] += 1
         return real(*arguments)
 
-    monkeypatch.setattr(allocation, "_error", error)
+    monkeypatch.setattr(allocation._Measuring, "_error", error)
 
     class Stops(Callback):
         def started(self, blocks: int, epochs: int) -> None:
