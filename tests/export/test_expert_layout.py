@@ -26,6 +26,7 @@ CASES = [
     ("gpt_oss", PACKED, False),
     ("llama4", PACKED, True),
     ("qwen2_moe", W4A4, False),
+    ("deepseek_v3", W4A4, False),  # its latent attention gives a linear four dimensions
     ("gpt_oss", W4A4, False),
     ("llama4", W4A4, True),
     ("gpt2", W4A4, False),

@@ -36,10 +36,11 @@ def activation_args(bits: int, symmetric: bool = False) -> QuantizationArgs:
 
 
 def per_token_for_flat_inputs(args: QuantizationArgs, width: int) -> QuantizationArgs:
-    """The same per-token quantization for a linear whose input has no batch dimension, (tokens, width).
+    """The same per-token quantization for a linear whose input is not (batch, tokens, width).
 
-    compressed-tensors reads the first two dimensions of a `token` input as batch and token, so a flat
-    input would share one range over all its tokens. One group as wide as the row says what is meant.
+    compressed-tensors reads the first two dimensions of a `token` input as batch and token. A flat input, (tokens,
+    width), or one of four dimensions (latent attention) would share a range over several tokens. One group as wide as
+    the row says what is meant.
     """
     return args.model_copy(update={"strategy": QuantizationStrategy.GROUP.value, "group_size": width})
 

@@ -85,7 +85,7 @@ def _flat_inputs(model: Any, modules: dict[str, nn.Module], sample: dict[str, An
     flat = set()
 
     def seen(name: str, x: torch.Tensor) -> None:
-        if x.ndim == 2:
+        if x.ndim != 3:
             flat.add(name)
 
     with watched_inputs({name: module for name, module in modules.items() if is_linear(module)}, seen):

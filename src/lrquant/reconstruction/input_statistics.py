@@ -31,7 +31,7 @@ class InputStatistics:
         self._tokens = dict.fromkeys(self._routed, 0)
 
     def __call__(self, name: str, x: Tensor) -> None:
-        if x.ndim == 2:
+        if x.ndim != 3:
             self._flat.add(name)
         if name in self._routed:
             rows = x.reshape(1, -1, x.shape[-1])
