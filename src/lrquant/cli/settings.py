@@ -75,11 +75,12 @@ class Listed(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         return self.whole(parent).make_context(info_name, args, parent, **extra)
 
-    def whole(self, parent: Any) -> Any:
+    def whole(self, parent: Any | None) -> Any:
         """The command with all its options."""
         command: Command = self.callback.__dict__["command"]
         epilog, defaults = command.__dict__["takes_settings"]
-        app = typer.Typer(add_completion=False, context_settings=parent.command.context_settings)
+        inherited = {} if parent is None else parent.command.context_settings  # None: parsed by itself
+        app = typer.Typer(add_completion=False, context_settings=inherited)
         app.command(self.name, cls=Whole, epilog=epilog)(with_settings(command, defaults))
         return typer.main.get_command(app)
 
