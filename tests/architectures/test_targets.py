@@ -27,7 +27,8 @@ def test_linears_are_views_that_leave_the_function_as_it_is(name: str) -> None:
     model = mixtures.build(name)
     before, memory = logits(model), storages(model)
     expose_linears(model)
-    assert torch.equal(logits(model), before)
+    # To float32 rounding: the same products, which BLAS may add up in another order.
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     assert storages(model) <= memory  # nothing is copied
     assert not any(is_fused(module) for module in model.modules())
     blocks = model.transformer.h if name == "gpt2" else model.model.layers
@@ -35,7 +36,7 @@ def test_linears_are_views_that_leave_the_function_as_it_is(name: str) -> None:
         quantized = sum(linear.weight.numel() for linear in linears_of(block).values())
         assert quantized > 0.95 * sum(parameter.numel() for parameter in block.parameters())
     expose_linears(model)  # again changes nothing
-    assert torch.equal(logits(model), before)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(mixtures.MIXTURES))
