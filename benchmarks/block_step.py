@@ -53,8 +53,8 @@ SHAPES = {  # hidden, intermediate, heads, heads of keys and values
 }
 
 
-def plain_activation(x: Tensor, args: Any, *_: Any) -> Tensor:
-    return reference.fake_quantize_weight(x, args.num_bits, args.symmetric, None, scale_dtype=x.dtype)
+def plain_activation(x: Tensor, format: NumberFormat, *_: Any) -> Tensor:
+    return reference.fake_quantize_weight(x, format.bits, format.symmetric, None, scale_dtype=x.dtype)
 
 
 def plain_weight(
@@ -115,11 +115,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ceiling(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a square matrix product, the most that this machine reaches."""
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    a @ b
-    return 2 * size**3 / seconds_of(lambda: torch.mm(a, b, out=a.new_empty(size, size)), device, 10)  # type: ignore[func-returns-value, arg-type]
+def ceiling(device: torch.device, dtype: torch.dtype, largest: int) -> float:
+    """FLOP/s of a square matrix product, the most that this machine reaches.
+
+    Sizes double up to `largest`, or until a product takes a twentieth of a second: some processors emulate bfloat16.
+    """
+    size, reached = 128, 0.0
+    while size < largest:
+        size *= 2
+        taken = seconds_of(product_of(*torch.randn(2, size, size, device=device, dtype=dtype)), device, 5)
+        reached = max(reached, 2 * size**3 / taken)
+        if taken > 0.05:
+            break
+    return reached
+
+
+def product_of(a: Tensor, b: Tensor) -> Callable[[], None]:
+    """A step that multiplies `a` and `b` and takes no memory for it."""
+    out = a @ b
+
+    def step() -> None:
+        torch.mm(a, b, out=out)
+
+    return step
 
 
 def main(
