@@ -135,7 +135,7 @@ def work(
     epochs = {"epochs": 1} if method == "lrquant" else {}
     recipe = Recipe.preset(method, wbits=4, abits=4, batch_size=4, kernels="eager", **epochs)
     how: Any = {"device": "cpu", "activations": activations, "report": report}
-    done = quantize(str(model), recipe, ids, save_dir, **how)
+    done = quantize(str(model), recipe, ids, save_dir=save_dir, **how)
     seconds = time.perf_counter() - began
     print(json.dumps({"peak": memory.peak_bytes(), "seconds": seconds, "written": done.sizes.checkpoint_bytes}))
 
