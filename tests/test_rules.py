@@ -175,7 +175,6 @@ BY_PLACE = {
     "calibration.images": 3,
     "calibration.text": 1,
     "entrypoints.estimate": 1,
-    "entrypoints.evaluate": 1,
     "evaluation.answers": 1,
     "evaluation.images": 1,
     "evaluation.perplexity": 1,

@@ -103,6 +103,6 @@ def test_an_encoder_is_quantized_saved_and_measured(folder: Path, tmp_path: Path
     assert (found - expected).norm() < 0.05 * expected.norm()
     measured = evaluate(str(tmp_path / "quantized"), ["zoo:pydoc"], 32, limit_windows=2)
     assert measured["zoo:pydoc"].windows == 2
-    quality = evaluate_embeddings(str(tmp_path / "quantized"), str(folder), ["zoo:pydoc"], 12)["zoo:pydoc"]
+    quality = evaluate_embeddings(str(tmp_path / "quantized"), str(folder), ["zoo:pydoc"], limit=12)["zoo:pydoc"]
     assert quality.sentences == 12
     assert 0.99 < quality.cosine < 1  # eight bits

@@ -122,8 +122,8 @@ def evaluate_embeddings(
     model_or_path: Any,
     original: Any,
     sources: Sequence[str],
-    limit: int | None = None,
     *,
+    limit: int | None = None,
     tokenizer: Any = None,
     **how: Unpack[Measuring],
 ) -> dict[str, EmbeddingQuality]:
