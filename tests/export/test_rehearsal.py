@@ -125,7 +125,7 @@ def test_what_is_missing_in_a_result_is_noticed(tmp_path: Path) -> None:
 def test_a_result_that_does_not_load_never_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = write_tiny(tmp_path / "tiny")
 
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
         raise LrquantError("transformers cannot load the result (no)")
 
     monkeypatch.setattr("lrquant.entrypoints.quantize.check_loads", refuse)
