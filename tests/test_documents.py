@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TESTED_ELSEWHERE = {
     "adding-a-format.md": "tests/test_adding_a_format.py",
+    "adding-a-learnable.md": "tests/test_adding_a_learnable.py",
     "adding-an-exporter.md": "tests/test_adding_an_exporter.py",
     "adding-a-model.md": "tests/test_adding_a_model.py",
     "adding-a-vision-model.md": "tests/test_adding_a_vision_model.py",
