@@ -1,7 +1,7 @@
 """Write docs/supported-models.md: `python scripts/supported_models.py`. A test compares some of its rows.
 
-Each row is what lrquant finds in a small model of that type, built without weights. Types with a file of their own are
-looked into like any other, so that the table says what structure alone shows.
+Each row is what lrquant finds in a small model of that type, built without weights. Types with a family file are
+analysed like any other, so the table shows what discovery finds by itself.
 """
 
 import warnings
@@ -104,20 +104,21 @@ AUTO = {"Encoders": "AutoModelForMaskedLM", "Multimodal": "AutoModelForImageText
 
 PAGE = """# Supported models
 
-What `lrquant` finds in a small model of each type (transformers {version}), by structure and with proof: a
-transformation is used only where the block's output stays equal in float64. Types that are not listed are looked into
-in the same way. A type marked • has a file of its own ([adding a model](adding-a-model.md)).
+This table shows the transformations that `lrquant` finds in a small model of each type (transformers {version}). It
+discovers them from the model's structure and tests each one: a transformation is used only if the block's output
+stays equal in float64. Types that are not listed are analysed in the same way. A type marked • has a family file
+([adding a model](adding-a-model.md)).
 
-| column | scale |
+| column | meaning |
 |---|---|
-| norms | norms whose scale goes into the linears behind them, and how many there are |
+| norms | the number of norms whose channels can be scaled together with the linears behind them |
 | value | values → output projection |
 | q·k | queries and keys |
-| up | up → down projection, or what corresponds to it |
+| up | up → down projection, or the corresponding pair |
 
-Where a list has blocks of several kinds, as in hybrids, "+" stands between them. "–": nothing can be rescaled exactly
-there. A norm behind a sublayer, a norm without weights, or one whose output is also the residual stays as it is. Of
-multimodal models the table shows the language tower.
+If a model has several kinds of blocks, as hybrids do, "+" separates them. "–" means that no exact rescaling exists. A
+norm behind a sublayer, a norm without weights, and a norm whose output is also the residual are not scaled. For
+multimodal models, the table shows the language tower.
 """
 
 
