@@ -206,7 +206,7 @@ def main(
         f"weights; bfloat16 products reach {most / 1e12:.2f} TFLOP/s\n"
     )
     columns = (
-        "| implementation | ms a step | times plain | TFLOP/s | of the ceiling | MB above the block | s to compile |"
+        "| implementation | ms per step | speedup | TFLOP/s | of the ceiling | MB above the block | s to compile |"
     )
     print(columns + (" s a block |" if whole else ""), flush=True)
     print("|---" * (columns.count("|") - 1 + bool(whole)) + "|")

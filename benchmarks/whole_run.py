@@ -61,7 +61,7 @@ def main(
     calib: str = "zoo:pydoc",
 ) -> None:
     print(f"\n{model}, {nsamples} samples of {seqlen}, {torch.get_num_threads()} threads\n")
-    print(f"| schedule | implementation | seconds | times plain | {calib} |\n|---|---|---|---|---|", flush=True)
+    print(f"| schedule | implementation | seconds | speedup | {calib} |\n|---|---|---|---|---|", flush=True)
     for name in schedules.split():
         recipe = Recipe.preset(
             method, wbits=wbits, abits=abits, nsamples=nsamples, seqlen=seqlen, calibration=calib, **SCHEDULES[name]
