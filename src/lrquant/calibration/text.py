@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lrquant.calibration.conversations import KINDS, has_conversations, rendered
+from lrquant.calibration.token_cache import remembered
 from lrquant.errors import LrquantError, UsageError
 from lrquant.loading.offline import cache_if_unreachable
 from lrquant.runtime.paths import read_regular
@@ -193,7 +194,12 @@ def leading_token(tokenizer: Any, bos: Bos) -> int | None:
 def tokenize(tokenizer: Any, text: str, special: bool = True) -> Tensor:
     """Token ids of one text, (tokens,); without `special`, none of those that the tokenizer adds."""
     added = {} if special else {"add_special_tokens": False}
-    return tokenizer(text, return_tensors="pt", verbose=False, **added)["input_ids"][0]
+
+    def fresh() -> Tensor:
+        ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False, **added)["input_ids"][0]
+        return ids
+
+    return remembered(tokenizer, text, special, fresh)
 
 
 def check_vocabulary(ids: Tensor, rows: int) -> None:

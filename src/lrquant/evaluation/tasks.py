@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,21 @@ def check_tasks(tasks: Sequence[str]) -> Any:
     Raises:
         UsageError: lm-eval is not installed, or a name is unknown.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UsageError("tasks are run by lm-eval, which is not installed: pip install 'lrquant[eval]'") from None
-    manager = TaskManager(include_path=str(ZOO_TASKS))
+    manager = _manager()
     for task in tasks:
         if not manager.match_tasks([_lm_eval_name(task)]):
             raise UsageError(f"unknown task {task!r}: give names of lm-eval's tasks, {OWN_TASKS}")
     return manager
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's task manager; it reads thousands of files."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UsageError("tasks are run by lm-eval, which is not installed: pip install 'lrquant[eval]'") from None
+    return TaskManager(include_path=str(ZOO_TASKS))
 
 
 def run_tasks(
