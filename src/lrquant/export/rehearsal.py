@@ -6,7 +6,7 @@ before the first block is learned. No weight is read and none computed.
 """
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from pathlib import Path
@@ -42,10 +42,7 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     skeleton, scheme = skeleton_of(model), recipe.stored_scheme
     result = Reconstruction(recipe, list(paths))
     try:
-        for path in paths:
-            fixed = BlockParameters.of(skeleton.get_submodule(path), (), recipe.scheme.within(path), storage_dtype)
-            frozen = FrozenBlock({}, dict(fixed.tensors)) if recipe.dense else freeze(fixed, {})
-            result.frozen.append(frozen)
+        result.frozen = list(_frozen_blocks(skeleton, recipe, storage_dtype, paths=paths))
         result.own_layout = in_own_layout(skeleton, result)
         names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
         for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
@@ -64,6 +61,21 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
     missing = {key for key in found["missing_keys"] if not key.endswith(STATIC_SCALES)}  # those come from calibration
     _check({**found, "missing_keys": missing}, name, kind=UsageError)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _frozen_blocks(
+    skeleton: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str]
+) -> Iterator[FrozenBlock]:
+    """What freezing makes of every block; blocks of the same shapes and formats share one result."""
+    found: dict[Any, FrozenBlock] = {}
+    for path in paths:
+        block, scheme = skeleton.get_submodule(path), recipe.scheme.within(path)
+        shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
+        key = type(block), shapes, tuple(sorted(scheme.bits.items()))
+        if key not in found:
+            fixed = BlockParameters.of(block, (), scheme, storage_dtype)
+            found[key] = FrozenBlock({}, dict(fixed.tensors)) if recipe.dense else freeze(fixed, {})
+        yield found[key]
 
 
 def check_loads(folder: Path, model_class: Any, carried: Collection[str] = (), *, merges: bool = False) -> None:
