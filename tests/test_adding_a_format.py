@@ -76,5 +76,5 @@ def test_names_and_elements_are_taken_once(defined: dict[str, Any]) -> None:
 def test_without_it_its_checkpoints_are_refused_not_mistaken() -> None:
     from compressed_tensors.quantization import preset_name_to_scheme
 
-    with pytest.raises(UsageError, match="number format float6, group of 32: not known here; there are nvfp4, "):
+    with pytest.raises(UsageError, match="number format float6, group of 32: not known; there are nvfp4, "):
         presets.format_of(preset_name_to_scheme("MXFP6A16", []).weights)

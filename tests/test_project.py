@@ -1,11 +1,13 @@
 """The project's own rules: clean lint and types, imports in one direction, documents that tell the truth."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -14,6 +16,12 @@ ROOT = Path(__file__).parent.parent
 def test_lint_and_types(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_spelling() -> None:
+    pytest.importorskip("codespell_lib")
+    done = subprocess.run([sys.executable, "-m", "codespell_lib"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_map_matches_the_folders() -> None:
@@ -32,6 +40,16 @@ def test_ci_runs_the_readmes_test_command() -> None:
     run, test = readme_commands()
     assert run.endswith("lrquant demo")
     assert test in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_workflow_of_a_public_forge_is_up_to_date() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "ci_workflow.py"))
+    assert script["TARGET"].read_text() == script["workflow"](), "run python scripts/ci_workflow.py"
+    jobs = yaml.safe_load(script["workflow"]())["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert all(command.removeprefix("make ") in targets for command in commands if command.startswith("make "))
+    assert any("'torch==2.11.*'" in command and "'transformers==5.20.*'" in command for command in commands)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""What a user can cause, as two exceptions: wrong use (exit code 2) and work that failed (exit code 1).
+"""Errors that a user can cause, as two exceptions: wrong usage (exit code 2) and failed work (exit code 1).
 
-Both carry one line that names the value at fault and the remedy. Nothing else is shown unless `--debug`.
+Both have a one-line message that names the wrong value and the remedy. Only `--debug` shows more.
 """
 
 
@@ -11,7 +11,7 @@ class LrquantError(Exception):
 
 
 class UsageError(LrquantError, ValueError):
-    """A request that cannot be carried out as it was put: an unknown name, a width out of range."""
+    """Wrong usage: an unknown name, a value out of range."""
 
     exit_code = 2
 

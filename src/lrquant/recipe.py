@@ -47,41 +47,44 @@ class Recipe(BaseModel):
     method: str = setting(
         "lrquant",
         Panel.METHOD,
-        "The preset: rtn, smoothquant, omniquant, lrquant, lrquant+ or lrquant-max",
+        "Preset: rtn, smoothquant, omniquant, lrquant, lrquant+ or lrquant-max",
         metavar="NAME",
     )
     towers: tuple[Literal["vision", "language"], ...] | None = setting(
         None,
         Panel.TARGET,
-        "Towers of a multimodal model to quantize: language, vision, or both with a comma between",
+        "Towers of a multimodal model to quantize: language, vision, or language,vision",
         metavar="NAMES",
         unset="language, or the only one",
     )
     extra: tuple[Literal["head", "projector", "patch_embedding"], ...] = setting(
         (),
         Panel.TARGET,
-        "Modules outside the blocks to quantize too: head, projector, patch_embedding",
+        "Modules outside the blocks to quantize as well: head, projector, patch_embedding",
         metavar="NAMES",
         formerly="also",
     )
 
     numbers: str = setting(
-        "int", Panel.FORMAT, "Integers (int), or another row of the table of number formats, by name", option=None
+        "int",
+        Panel.FORMAT,
+        "Numbers of weights and activations: int for integers, or the name of another format",
+        option=None,
     )
     input_numbers: str | None = setting(
-        None, Panel.FORMAT, "Numbers of activations", option=None, unset="those of the weights"
+        None, Panel.FORMAT, "Numbers of activations, by the same names", option=None, unset="those of the weights"
     )
-    wbits: int = setting(4, Panel.FORMAT, "Bits of a weight, 2 to 8; 16 leaves weights in 16 bits", metavar="BITS")
-    abits: int = setting(4, Panel.FORMAT, "Bits of an activation, 2 to 8; 16 is weight-only", metavar="BITS")
+    wbits: int = setting(4, Panel.FORMAT, "Bits per weight, 2 to 8; 16 leaves weights in 16 bits", metavar="BITS")
+    abits: int = setting(4, Panel.FORMAT, "Bits per activation, 2 to 8; 16 is weight-only", metavar="BITS")
     group_size: int | None = setting(
         None, Panel.FORMAT, "Input channels that share a scale", metavar="CHANNELS", unset="a whole row", ge=1
     )
     symmetric: bool = setting(
-        False, Panel.FORMAT, "Weights without zero points, or with them", option="symmetric/asymmetric"
+        False, Panel.FORMAT, "Quantize weights without zero points, or with them", option="symmetric/asymmetric"
     )
-    activations_symmetric: bool = setting(False, Panel.FORMAT, "Activations without zero points", rare=True)
+    activations_symmetric: bool = setting(False, Panel.FORMAT, "Quantize activations without zero points", rare=True)
     quantize_attention: bool = setting(
-        True, Panel.FORMAT, "Quantize queries, keys and values too, at the bits of activations"
+        True, Panel.FORMAT, "Quantize queries, keys and values too, with the bits of activations"
     )
     kv_cache: str | None = setting(
         None,
@@ -93,14 +96,14 @@ class Recipe(BaseModel):
     target_bits: float | None = setting(
         None,
         Panel.FORMAT,
-        "Mixed precision: average bits of a weight, scales included; each linear's bits follow from measured errors",
+        "Mixed precision: average bits per weight, scales included; measured errors decide the bits of each linear",
         metavar="BITS",
         unset="the same bits everywhere",
         ge=2,
         le=9,
     )
     layer_bits: dict[str, int] | None = setting(
-        None, Panel.FORMAT, "Bits of each linear's weights, by name; mixed precision finds them", option=None
+        None, Panel.FORMAT, "Bits of each linear's weights, by name; chosen by mixed precision", option=None
     )
 
     calibration: str = setting(
@@ -117,7 +120,7 @@ class Recipe(BaseModel):
         Panel.CALIBRATION,
         "Tokens per sample",
         metavar="TOKENS",
-        unset="2048, or the longest that the model takes",
+        unset="2048, or the model's maximum",
         ge=2,
         le=1_000_000,
     )
@@ -125,11 +128,11 @@ class Recipe(BaseModel):
 
     let: bool = setting(True, Panel.METHOD, "Smooth activations by learnable equivalent transformations (LET)")
     init: Literal["log", "smoothquant", "neutral"] = setting(
-        "log", Panel.METHOD, "How smoothing starts; neutral: at one", rare=True
+        "log", Panel.METHOD, "Initial smoothing scales; neutral: one", rare=True
     )
     alpha: float = setting(0.5, Panel.METHOD, "SmoothQuant's migration strength", rare=True, metavar="A", ge=0, le=1)
     shift: Literal["auto", "on", "off"] = setting(
-        "auto", Panel.METHOD, "Learn shifts; auto: where the model has the biases that hold them", rare=True
+        "auto", Panel.METHOD, "Learn shifts; auto: where the model has biases for them", rare=True
     )
     smooth_attention: bool = setting(
         True, Panel.METHOD, "Smooth between values and output, and between queries and keys", rare=True
@@ -139,7 +142,7 @@ class Recipe(BaseModel):
     rotate: tuple[Literal["auto", "stream", "values", "down"], ...] = setting(
         (),
         Panel.METHOD,
-        "Rotate by orthogonal matrices before learning: stream, values, and at run time down; auto: those that cost "
+        "Rotate activations by orthogonal matrices: stream, values, and at run time down; auto: rotations that cost "
         "nothing at run time",
         metavar="NAMES",
         formerly="orthogonal",
@@ -147,7 +150,7 @@ class Recipe(BaseModel):
     rotate_by: Literal["hadamard", "random"] = setting(
         "hadamard",
         Panel.METHOD,
-        "The matrices: Hadamard with random signs, or random orthogonal",
+        "Rotation matrices: Hadamard with random signs, or random orthogonal",
         rare=True,
         formerly="orthogonal_kind",
     )
@@ -161,10 +164,10 @@ class Recipe(BaseModel):
         rare=True,
     )
     two_branch: bool = setting(
-        False, Panel.METHOD, "LRQuant+: also match what the full-precision block makes of the same input", rare=True
+        False, Panel.METHOD, "LRQuant+: also match the full-precision block's output for the same input", rare=True
     )
     dynamic_loss: bool = setting(
-        False, Panel.METHOD, "LRQuant+: divide the terms of the loss by their running averages", rare=True
+        False, Panel.METHOD, "LRQuant+: divide each term of the loss by its running average", rare=True
     )
     rotation_vectors: bool = setting(
         False,
@@ -176,7 +179,7 @@ class Recipe(BaseModel):
     rotation_rank: int = setting(
         1,
         Panel.METHOD,
-        "Rank of these gains; above 1 they do not fold into scales, and the export is dense",
+        "Rank of these gains; above 1 they do not fold into scales, and the checkpoint is dense",
         rare=True,
         metavar="K",
         ge=1,
@@ -184,20 +187,41 @@ class Recipe(BaseModel):
     )
 
     epochs: int = setting(
-        6, Panel.LEARNING, "Passes over the calibration samples for each block", metavar="N", ge=0, le=10_000
+        6, Panel.LEARNING, "Epochs over the calibration samples, for each block", metavar="N", ge=0, le=10_000
     )
-    batch_size: int = setting(4, Panel.LEARNING, "Samples in a step", metavar="N", ge=1)
+    batch_size: int = setting(4, Panel.LEARNING, "Samples per step", metavar="N", ge=1)
     let_lr: float | None = setting(
-        None, Panel.LEARNING, "Learning rate of smoothing", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+        None,
+        Panel.LEARNING,
+        "Learning rate of smoothing",
+        rare=True,
+        metavar="RATE",
+        unset="depends on the number of steps",
+        gt=0,
+        le=1,
     )
     lwc_lr: float | None = setting(
-        None, Panel.LEARNING, "Learning rate of clipping", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+        None,
+        Panel.LEARNING,
+        "Learning rate of clipping",
+        rare=True,
+        metavar="RATE",
+        unset="depends on the number of steps",
+        gt=0,
+        le=1,
     )
     rounding_lr: float | None = setting(
-        None, Panel.LEARNING, "Learning rate of rounding", rare=True, metavar="RATE", unset="by the steps", gt=0, le=1
+        None,
+        Panel.LEARNING,
+        "Learning rate of rounding",
+        rare=True,
+        metavar="RATE",
+        unset="depends on the number of steps",
+        gt=0,
+        le=1,
     )
     schedule: Literal["constant", "cosine"] = setting(
-        "cosine", Panel.LEARNING, "How rates change over a block's steps", rare=True
+        "cosine", Panel.LEARNING, "Schedule of the learning rates over a block's steps", rare=True
     )
     window: int = setting(
         1, Panel.LEARNING, "Successive blocks that are learned together; 1: each by itself", metavar="N", ge=1, le=16
@@ -205,7 +229,7 @@ class Recipe(BaseModel):
     window_overlap: int = setting(
         0,
         Panel.LEARNING,
-        "Blocks of a window that the next one learns again",
+        "Blocks that successive windows share",
         rare=True,
         metavar="N",
         ge=0,
@@ -214,7 +238,7 @@ class Recipe(BaseModel):
     early_stop: float = setting(
         0.0,
         Panel.LEARNING,
-        "Leave a block when two epochs lowered its loss by less than this share; 0: never",
+        "Stop a block when two epochs lower its loss by less than this share; 0: never",
         rare=True,
         metavar="SHARE",
         ge=0,
@@ -223,7 +247,7 @@ class Recipe(BaseModel):
     tuning_epochs: int = setting(
         0,
         Panel.LEARNING,
-        "Passes of end-to-end tuning, which learns the full model's scales and norms after all blocks",
+        "Epochs of end-to-end tuning, which learns the full model's scales and norms after all blocks",
         metavar="N",
         ge=0,
         le=10_000,
@@ -233,16 +257,16 @@ class Recipe(BaseModel):
     )
 
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", Panel.MACHINE, "Precision of the computation; auto: float32 on CPUs, else bfloat16"
+        "auto", Panel.MACHINE, "Precision of the computation; auto: float32 on CPUs, bfloat16 elsewhere"
     )
     products: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         Panel.MACHINE,
-        "Precision of matrix products while learning; auto: bfloat16 where the machine is fast at it",
+        "Precision of matrix products while learning; auto: bfloat16 if that is faster on this machine",
         rare=True,
     )
     kernels: Literal["auto", "eager", "compiled", "triton"] = setting(
-        "auto", Panel.MACHINE, "How fake quantization runs while learning; all give the same integers", rare=True
+        "auto", Panel.MACHINE, "Kernels of fake quantization while learning; all give the same integers", rare=True
     )
 
     @model_validator(mode="before")
@@ -286,9 +310,9 @@ class Recipe(BaseModel):
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
         self._check_numbers()
         if self.kv_cache is not None and self.quantize_attention and self.abits != HIGH_PRECISION_BITS:
-            raise ValueError("attention's inputs are quantized already: leave kv_cache out, or quantize_attention")
+            raise ValueError("attention inputs are already quantized: leave out kv_cache or quantize_attention")
         if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
-            raise ValueError("target_bits spreads bits over integers: not with floats, nor with 16-bit weights")
+            raise ValueError("target_bits works with integer weights only, not with floats or 16-bit weights")
         from lrquant.formats.integers import BITS
 
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
@@ -296,10 +320,10 @@ class Recipe(BaseModel):
             raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
         if self.window_overlap >= self.window:
             raise ValueError(
-                f"window_overlap {self.window_overlap} of window {self.window}: every window has to move on"
+                f"window_overlap {self.window_overlap} of window {self.window}: the overlap must be smaller"
             )
         if self.window > 1 and self.rounding == "gptq":
-            raise ValueError(f"window {self.window}: GPTQ compensates one block at a time; take learned rounding")
+            raise ValueError(f"window {self.window}: GPTQ works on one block at a time; use learned rounding")
         if self.method not in PRESETS:
             raise ValueError(f"unknown method {self.method!r}: there are {', '.join(PRESETS)}")
         return self
@@ -308,18 +332,20 @@ class Recipe(BaseModel):
         weights, inputs = self._weights, self._inputs
         bits = weights.weights.bits, inputs.inputs.bits
         if inputs is not weights and not (weights.chooses and inputs.beside_integers):
-            raise ValueError(f"no runtime takes {inputs.title} activations with {weights.title} weights")
+            raise ValueError(f"no runtime supports {inputs.title} activations with {weights.title} weights")
         if not weights.chooses and (self.wbits != bits[0] or self.abits not in (bits[1], HIGH_PRECISION_BITS)):
             raise ValueError(
-                f"{weights.title} has {bits[0]} bits a weight, and {bits[1]} or 16 an activation: "
+                f"{weights.title} has {bits[0]} bits per weight, and {bits[1]} or 16 per activation: "
                 f"not W{self.wbits}A{self.abits}"
             )
         if not inputs.chooses and self.abits not in (bits[1], HIGH_PRECISION_BITS):
-            raise ValueError(f"{inputs.title} has {bits[1]} bits an activation: not {self.abits}")
+            raise ValueError(f"{inputs.title} has {bits[1]} bits per activation, not {self.abits}")
         if not weights.chooses and self.group_size is not None:
-            raise ValueError(f"{weights.title} has groups of its own size; leave the group size out")
+            raise ValueError(f"{weights.title} has a fixed group size; leave group_size out")
         if not inputs.chooses and self.quantize_attention:
-            raise ValueError(f"{inputs.title} leaves queries, keys and values alone: set quantize_attention to false")
+            raise ValueError(
+                f"{inputs.title} does not quantize queries, keys and values: set quantize_attention to false"
+            )
         gain = self.rotation_vectors and self.rotation_rank == 1
         if gain and not weights.chooses and not weights.weights.takes_gain:
             raise ValueError(f"{weights.title}'s scales cannot hold a rotation vector: set rotation_vectors to false")
@@ -418,7 +444,7 @@ class Recipe(BaseModel):
         path = Path(path)
         try:
             if path.stat().st_size > _MAX_YAML_BYTES:
-                raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, this is no recipe")
+                raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, which is too large for a recipe")
             values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot read the recipe ({error})") from None
@@ -450,7 +476,7 @@ def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"unknown format {name!r}: there are {', '.join(FORMATS)}")
     for key, value in FORMATS[name].items():
         if chosen.get(key, value) != value:
-            raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave one of the two out")
+            raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave out one of the two")
     return _format_defaults(FORMATS[name]) | FORMATS[name] | chosen
 
 
@@ -466,8 +492,8 @@ def renamed(values: Mapping[Any, Any]) -> dict[Any, Any]:
         if former not in result:
             continue
         if name in result:
-            raise UsageError(f"{former} is called {name} now: give one of the two")
-        warnings.warn(f"{former} is called {name} now", RenamedWarning, stacklevel=3)
+            raise UsageError(f"{former} is now called {name}: give only one of them")
+        warnings.warn(f"{former} is now called {name}", RenamedWarning, stacklevel=3)
         result[name] = result.pop(former)
     return result
 
@@ -485,14 +511,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases have no place in a recipe")
+            raise yaml.YAMLError("aliases are not allowed in a recipe")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.YAMLError(f"the key {_shown(twice)} stands there twice")
+            raise yaml.YAMLError(f"the key {_shown(twice)} appears twice")
         return super().construct_mapping(node, deep)
 
 
@@ -578,7 +604,7 @@ def _format_defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
 def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's setting of `method`; weight-only learns clipping (and rotations) without smoothing."""
     if method not in PAPER_EXACT:
-        raise UsageError(f"paper_exact is for {', '.join(PAPER_EXACT)}: {method} learns nothing")
+        raise UsageError(f"paper_exact works with {', '.join(PAPER_EXACT)}; {method} learns nothing")
     return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
 
 

@@ -68,5 +68,5 @@ def setting_of(name: str, field: "FieldInfo") -> Setting:
     """
     found = next((part for part in field.metadata if isinstance(part, Setting)), None)
     if found is None:
-        raise TypeError(f"Recipe.{name}: declare it with lrquant.settings.setting, which says where its option stands")
+        raise TypeError(f"Recipe.{name}: declare it with lrquant.settings.setting, which defines its option")
     return replace(found, option=name.replace("_", "-")) if found.option == "" else found

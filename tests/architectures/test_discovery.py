@@ -223,7 +223,7 @@ def test_a_block_whose_code_fails_is_named_and_keeps_clipping(monkeypatch: pytes
     assert isinstance(family, FoundFamily)
     assert names_of(model) == set()
     assert found_notes("granite", family.stages(model))[1] == (
-        "GraniteDecoderLayer in model.layers was not understood (no kernel for float64): its weights are clipped, "
+        "GraniteDecoderLayer in model.layers could not be analysed (no kernel for float64): its weights are clipped, "
         "not smoothed."
     )
 
@@ -279,5 +279,5 @@ def test_an_encoder_with_a_decoder_behind_it_is_refused() -> None:
     model = AutoModel.from_config(
         AutoConfig.for_model("t5", vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     )
-    with pytest.raises(UsageError, match=r"^model type 't5' is not supported: its decoder reads"):
+    with pytest.raises(UsageError, match=r"^model type 't5' is not supported: it has an encoder"):
         family_of(model)

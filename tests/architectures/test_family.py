@@ -38,7 +38,7 @@ def test_blocks_of_an_unknown_type_are_found_and_notes_say_what_was() -> None:
     assert isinstance(family, FoundFamily)
     assert [stage.path for stage in family.stages(model)] == ["model.layers"]
     assert found_notes("olmo2", family.stages(model)) == [
-        "Model type 'olmo2' has no file of its own; transformations of model.layers: found by structure and proven: "
+        "Model type 'olmo2' has no family file; transformations of model.layers: found by analysis and verified: "
         "value->output, query*key, up->down."
     ]
 

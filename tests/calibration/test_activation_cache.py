@@ -64,7 +64,7 @@ def test_a_full_disk_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.os, "pwrite", full)
-    with pytest.raises(LrquantError, match="activation store cannot be written \\(No space left on device\\)"):
+    with pytest.raises(LrquantError, match="activation cache cannot be written \\(No space left on device\\)"):
         OnDisk(tmp_path).append(torch.ones(1, 4, 8))
 
 

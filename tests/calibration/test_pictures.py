@@ -68,7 +68,7 @@ def test_a_folder_is_read_with_its_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "line"),
-    [("", "no picture in this folder"), ("notes.txt", "folder"), ("nowhere/at/all", "neither a folder")],
+    [("", "no image in this folder"), ("notes.txt", "folder"), ("nowhere/at/all", "neither a folder")],
 )
 def test_wrong_sources_of_pictures(tmp_path: Path, source: str, line: str) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
@@ -104,11 +104,11 @@ def test_dialogues_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"text": "What is this?"}, "there is no picture"),
-        ({"image": None, "text": "What is this?"}, "there is no picture"),
+        ({"text": "What is this?"}, "this text has no image"),
+        ({"image": None, "text": "What is this?"}, "this text has no image"),
         ({"image": "b.png", "text": "What is this?"}, "b.png"),
         ({"image": "a.png"}, "needs text"),
-        ({"image": "a.png", "conversation": [{"role": "assistant", "content": "one"}]}, "the user begins"),
+        ({"image": "a.png", "conversation": [{"role": "assistant", "content": "one"}]}, "starts with the user's turn"),
         ({"image": "a.png", "conversation": ["How many?"]}, "role and content"),
         ("What is this?", "a row is an object"),
     ],

@@ -62,7 +62,7 @@ def test_samples_are_full_windows_between_special_tokens(tokenizer: Any) -> None
 
 def test_no_window_is_longer_than_the_tokenizer_says_the_model_takes(tokenizer: Any) -> None:
     assert room(tokenizer, 512) == 38
-    with pytest.raises(UsageError, match="seqlen 2 leaves no room"):
+    with pytest.raises(UsageError, match="seqlen 2 is too short"):
         room(tokenizer, 2)
 
 

@@ -59,7 +59,7 @@ def test_a_text_that_just_suffices_is_used_up() -> None:
 
 
 def test_too_little_text_says_how_much_there_is() -> None:
-    message = r"^numbers: 100 tokens are too few for 7 samples of 16 \(112\); at most 6 samples fit"
+    message = r"^numbers: 100 tokens are not enough for 7 samples of 16 \(112\); at most 6 samples fit"
     with pytest.raises(UsageError, match=message):
         calibration_samples(Numbers(), "numbers", 7, 16, 0, read=numbers(100))
 
@@ -186,9 +186,9 @@ def test_unknown_names_list_the_known(source: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", "there is no text in it"),
-        ("blank.txt", b" \n\t\n", "there is no text in it"),
-        ("empty.jsonl", b"", "there is no text in it"),
+        ("empty.txt", b"", "it contains no text"),
+        ("blank.txt", b" \n\t\n", "it contains no text"),
+        ("empty.jsonl", b"", "it contains no text"),
         ("latin.txt", b"caf\xe9", "cannot be read as text"),
         ("data.csv", b"a,b", r"text is read from \.txt, \.jsonl, \.json, \.parquet files, not \.csv"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "not a readable json file"),

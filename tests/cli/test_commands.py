@@ -15,6 +15,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+def test_quantize_needs_only_a_model(tiny: Path, tmp_path: Path) -> None:
+    done = lrquant("quantize", tiny, "--no-report", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Chosen: 4-bit weights with groups of 64" in done.stdout + done.stderr
+    assert "zoo:pydoc because the hub is unreachable" in done.stdout + done.stderr
+    assert (tmp_path / f"{tiny.name}-w4a16-g64" / "model.safetensors").is_file()
+
+
 def test_quantize_then_eval(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "held-out.txt").write_text("Every statement ends somewhere. " * 200)
     out, figures = tmp_path / "out", tmp_path / "figures.json"

@@ -25,7 +25,7 @@ def test_sizes_are_gigabytes_from_a_thousand_megabytes_on() -> None:
 
 
 def test_notes_break_between_words_on_a_terminal_and_not_at_all_elsewhere() -> None:
-    line = "Queries, keys and values are quantized by lrquant.load"
+    line = "lrquant.load quantizes queries, keys and values"
     for terminal, lines in ((True, 2), (False, 1)):
         screen = Console(file=io.StringIO(), force_terminal=terminal, width=40, no_color=True, highlight=False)
         with mock.patch.object(console, "out", screen):

@@ -108,7 +108,7 @@ def test_a_strangers_run_folder_is_left_alone(
     before = seen()
     done = lrquant(*quantize(tiny, tmp_path / "out", *(["--restart"] if restart else [])))
     assert done.returncode == 2, done.stderr
-    assert "did not make this one; move it away" in done.stderr
+    assert "did not create this one; move it away" in done.stderr
     assert seen() == before
 
 

@@ -43,7 +43,7 @@ def test_info_tells_what_quantize_told(w4a4: Path, tiny: Path, tmp_path: Path) -
     blocks = 2 * (facts["parameters"] // 2 + 2 * 64)
     assert facts["quantized_share"] == pytest.approx(facts["parameters"] / (blocks + 64 + 4096 * 64))  # head tied
     assert facts["weights"] == "int4, asymmetric, per output channel"
-    assert facts["runs"]["vLLM on NVIDIA GPUs"] == "no: activations of few bits have to be symmetric"
+    assert facts["runs"]["vLLM on NVIDIA GPUs"] == "no: activations below 8 bits must be symmetric"
     assert "4 bits per token and head" in done.stdout
     again = lrquant("quantize", tiny, "--save-dir", tmp_path / "w8", *QUICK, "--wbits", 8, "--abits", 8, "--symmetric",
                     "--json", tmp_path / "w8.json")  # fmt: skip

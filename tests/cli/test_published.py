@@ -154,4 +154,4 @@ def test_several_texts_follow_one_option(
     assert paste(f"{command} {SMALL} other.txt third.txt", monkeypatch) == 0
     assert set(results()["perplexity"]) == {"test.txt", "other.txt", "third.txt"}
     assert paste(f"{command} other.txt", monkeypatch) == 2
-    assert "'other.txt' is no option" in " ".join(capsys.readouterr().err.split())
+    assert "'other.txt' is not an option" in " ".join(capsys.readouterr().err.split())

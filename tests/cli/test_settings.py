@@ -89,7 +89,7 @@ def test_earlier_names_of_recipe_keys_stay_valid(former: str, now: str, value: A
     (tmp_path / "recipe.yaml").write_text(f"method: lrquant+\n{former}: {list(value) if value else 'false'}\n")
     with pytest.warns(RenamedWarning):
         assert getattr(Recipe.from_yaml(tmp_path / "recipe.yaml"), now) == value
-    with pytest.raises(UsageError, match=f"{former} is called {now} now: give one of the two"):
+    with pytest.raises(UsageError, match=f"{former} is called {now}: give only one of them"):
         Recipe.parse({former: value, now: value})
 
 
@@ -121,7 +121,7 @@ def test_adapt_shares_settings_and_shows_its_own_defaults() -> None:
         "--nsamples N",
         "(128)",
         "--seqlen TOKENS",
-        "(as it was calibrated)",
+        "(as in calibration)",
         "(neutral)",
     ):
         assert words in shown

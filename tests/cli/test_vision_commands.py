@@ -113,12 +113,12 @@ def grey(folder: Path) -> Path:
     ("model", "calib", "more", "line"),
     [
         ("zoo:vit", damaged, (), "broken.png"),
-        ("zoo:vit", empty, (), "no picture in this folder"),
-        ("zoo:vit", grey, ("--nsamples", 2), "1 pictures are too few for 2 samples"),
+        ("zoo:vit", empty, (), "no image in this folder"),
+        ("zoo:vit", grey, ("--nsamples", 2), "1 images are not enough for 2 samples"),
         ("zoo:vit", "wikitext2", (), "wikitext2 is text"),
         ("zoo:vit", "zoo:shapes", ("--towers", "language"), "towers 'language': a vit model has vision"),
-        ("zoo:llava", questions_without_pictures, (), "asked.jsonl:1: there is no picture"),
-        ("zoo:llava", "zoo:shapes", (), "pictures without text"),
+        ("zoo:llava", questions_without_pictures, (), "asked.jsonl:1: this text has no image"),
+        ("zoo:llava", "zoo:shapes", (), "images without text"),
         ("zoo:llava", "zoo:shapes-vqa", ("--towers", "sound"), "towers"),
     ],
 )

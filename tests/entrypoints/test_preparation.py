@@ -54,7 +54,7 @@ def test_a_rotation_that_the_model_cannot_have_is_refused_by_both(tmp_path: Path
     model = write_tiny(tmp_path / "gemma", "gemma2", head_dim=16, query_pre_attn_scalar=16)
     (tmp_path / "work").mkdir()
     recipe = Recipe.preset("lrquant", rotate=("stream",), **SETTINGS)
-    assert "norm stands behind each sublayer" in refused_alike(str(model), recipe, tmp_path / "work")
+    assert "norm follows each sublayer" in refused_alike(str(model), recipe, tmp_path / "work")
 
 
 def test_floats_that_no_checkpoint_of_the_model_holds_are_refused_by_both(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_model_of_text_is_not_asked_about_pictures(tmp_path: Path) -> None:
     model = load_model(str(write_tiny(tmp_path / "random")), torch.float32)
     found = run_tasks(model, load_tokenizer("zoo:llama"), ["zoo:shapes-vqa"], limit=2)
     assert "could not be run" in found.failed["zoo:shapes-vqa"]
-    with pytest.raises(UsageError, match="takes image alone"):
+    with pytest.raises(UsageError, match="takes only images"):
         run_tasks(load_model("zoo:vit", torch.float32), None, ["zoo:shapes-vqa"], limit=2)
 
 

@@ -173,7 +173,7 @@ def test_blocks_that_predict_further_tokens_are_in_the_result(tmp_path: Path) ->
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "out"))
     carried = [name for name in before if name.startswith("model.layers.1.")]
     assert all(torch.equal(before[name], after[name]) for name in carried)
-    assert any(note.startswith("Carried over unquantized") for note in quantized.notes)
+    assert any(note.startswith("Copied without quantization") for note in quantized.notes)
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.1.mlp.up_proj" in ignored
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -199,7 +199,7 @@ def test_a_matrix_of_zeros_is_said(tmp_path: Path) -> None:
     tensors, name = load_file(tiny / "model.safetensors"), "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {name: torch.zeros_like(tensors[name])}, tiny / "model.safetensors", {"format": "pt"})
     quantized = lrquant.quantize(str(tiny), Recipe.preset("rtn"), calibration=IDS, save_dir=tmp_path / "out")
-    assert f"Zero throughout in the source, and so in the result: {name}." in quantized.notes
+    assert f"All zero in the original, and so in the result: {name}." in quantized.notes
 
 
 def test_norms_without_weights_are_learned_with(tmp_path: Path) -> None:

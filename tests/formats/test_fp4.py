@@ -250,10 +250,10 @@ def test_names_stand_for_fields() -> None:
     [
         ({"format": "fp3"}, "unknown format 'fp3': there are nvfp4, "),
         ({"format": "nvfp4", "abits": 16}, "abits = 16: the format nvfp4 has 4; "),
-        ({"numbers": "nvfp4", "wbits": 3}, "NVFP4 has 4 bits a weight, and 4 or 16 an activation: not W3A4"),
-        ({"format": "mxfp4", "group_size": 64}, "MXFP4 has groups of its own size"),
+        ({"numbers": "nvfp4", "wbits": 3}, "NVFP4 has 4 bits per weight, and 4 or 16 per activation: not W3A4"),
+        ({"format": "mxfp4", "group_size": 64}, "MXFP4 has a fixed group size"),
         ({"format": "mxfp4", "rotation_vectors": True}, "MXFP4's scales cannot hold a rotation"),
-        ({"format": "nvfp4", "quantize_attention": True}, "NVFP4 leaves queries, keys and values alone"),
+        ({"format": "nvfp4", "quantize_attention": True}, "NVFP4 does not quantize queries, keys and values"),
     ],
 )
 def test_what_a_format_cannot_be(changes: dict[str, Any], line: str) -> None:

@@ -261,13 +261,16 @@ def test_names_stand_for_fields() -> None:
     ("changes", "line"),
     [
         ({"format": "fp8", "wbits": 4}, "wbits = 4: the format fp8 has 8; "),
-        ({"numbers": "fp8", "wbits": 8, "abits": 4}, "FP8 has 8 bits a weight, and 8 or 16 an activation: not W8A4"),
-        ({"format": "fp8", "group_size": 64}, "FP8 has groups of its own size"),
+        ({"numbers": "fp8", "wbits": 8, "abits": 4}, "FP8 has 8 bits per weight, and 8 or 16 per activation: not W8A4"),
+        ({"format": "fp8", "group_size": 64}, "FP8 has a fixed group size"),
         ({"format": "fp8-block", "rotation_vectors": True}, "FP8-BLOCK's scales cannot hold a rotation"),
-        ({"format": "fp8", "quantize_attention": True}, "FP8 leaves queries, keys and values alone"),
-        ({"format": "nvfp4", "input_numbers": "fp8"}, "no runtime takes FP8 activations with NVFP4 weights"),
-        ({"input_numbers": "fp8-static", "wbits": 4, "abits": 8}, "no runtime takes FP8-STATIC activations with INT"),
-        ({"input_numbers": "fp8", "wbits": 4, "abits": 4}, "FP8 has 8 bits an activation: not 4"),
+        ({"format": "fp8", "quantize_attention": True}, "FP8 does not quantize queries, keys and values"),
+        ({"format": "nvfp4", "input_numbers": "fp8"}, "no runtime supports FP8 activations with NVFP4 weights"),
+        (
+            {"input_numbers": "fp8-static", "wbits": 4, "abits": 8},
+            "no runtime supports FP8-STATIC activations with INT",
+        ),
+        ({"input_numbers": "fp8", "wbits": 4, "abits": 4}, "FP8 has 8 bits per activation, not 4"),
         ({"numbers": "fp9"}, "numbers = 'fp9': there are nvfp4, "),
     ],
 )

@@ -40,10 +40,10 @@ def test_a_float_format_is_what_it_says_or_refused() -> None:
     assert format_of(plain).scales == Symmetric()
     assert format_of(plain).group_size == 64
     e5m2_like = QuantizationArgs(num_bits=5, type="float", strategy="group", group_size=32, zp_dtype=torch.int8)
-    with pytest.raises(UsageError, match=r"number format float5, group of 32: not known here; there are nvfp4, "):
+    with pytest.raises(UsageError, match=r"number format float5, group of 32: not known; there are nvfp4, "):
         format_of(e5m2_like)
     odd_scales = QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=64, scale_dtype=torch.uint8)
-    with pytest.raises(UsageError, match="number format float4, group of 64: not known here"):
+    with pytest.raises(UsageError, match="number format float4, group of 64: not known"):
         format_of(odd_scales)
 
 

@@ -78,7 +78,7 @@ def test_floats_are_dequantized(kind: str, tmp_path: Path) -> None:
     for name, tensor in before.items():
         assert torch.allclose(after[name], tensor.float(), rtol=0.08, atol=1e-3), name
     assert getattr(model.config, "quantization_config", None) is None
-    assert str(source_note(load_config(str(tiny)))).endswith("it was dequantized first.")
+    assert str(source_note(load_config(str(tiny)))).endswith("it was dequantized before the run.")
 
 
 @pytest.mark.parametrize("kind", REFUSED)

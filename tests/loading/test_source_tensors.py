@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[str, Callable[[dict[str, Tensor]], Any], dict[str, Any]
         {},
     ),
     "more blocks than the configuration": (
-        "hold model.layers.1, but its configuration ends after 1 blocks",
+        "hold model.layers.1, but its configuration has only 1 blocks",
         lambda t: None,
         {"num_hidden_layers": 1},
     ),
@@ -96,7 +96,7 @@ def test_an_extra_head_is_carried_over_and_strange_weights_are_named(tmp_path: P
     model = AutoModelForCausalLM.from_pretrained(tiny)
     found = source_tensors(model, files, "tiny")
     assert not found.carried
-    assert "the result lacks them: model.layers.*.self_attn.q_proj.bias" in found.notes()[0]
+    assert "the result does not have them: model.layers.*.self_attn.q_proj.bias" in found.notes()[0]
     assert "mtp.layers.*.up_proj.weight, mtp.norm.weight" in found.notes()[0]
     assert "inv_freq" not in found.notes()[0]
     model._keys_to_ignore_on_load_unexpected = {r"^mtp\."}  # as classes whose family has such a head say

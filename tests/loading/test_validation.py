@@ -159,7 +159,7 @@ def test_code_in_a_model_s_folder_runs_only_when_it_is_trusted(tmp_path: Path, m
     with pytest.raises(LrquantError) as refused:
         lrquant.quantize(str(model), rtn, calibration=ids, save_dir=tmp_path / "out")
     one_line(refused.value)
-    assert "it comes with code of its own; --trust-remote-code runs that code" in str(refused.value)
+    assert "the model needs its own code; --trust-remote-code allows it to run" in str(refused.value)
     assert not marker.exists()
     lrquant.quantize(str(model), rtn, calibration=ids, save_dir=tmp_path / "out", trust_remote_code=True)
     assert marker.exists()

@@ -112,7 +112,7 @@ def test_the_checkpoint_computes_what_the_model_in_memory_does(name: str, tiny: 
         attention = {bits[f"model.layers.{block}.self_attn.{linear}_proj"] for linear in "qkv"}
         assert len(attention) == 1
         assert bits[f"model.layers.{block}.mlp.gate_proj"] == bits[f"model.layers.{block}.mlp.up_proj"]
-    assert any("Bits of the linears" in note for note in quantized.notes)
+    assert any("Bits of each linear" in note for note in quantized.notes)
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     on_disk = Counter({group["weights"]["num_bits"]: len(group["targets"]) for group in groups.values()})
     assert on_disk == Counter(bits.values())

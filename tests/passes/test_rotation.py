@@ -31,8 +31,8 @@ EXACT = 1e-10  # relative to the largest logit
 IDS = models.token_ids(2)
 # Where the stream cannot be rotated, and the reason's words.
 NO_STREAM = {
-    "gemma2": "norm stands behind each sublayer",
-    "gemma3": "norm stands behind each sublayer",
+    "gemma2": "norm follows each sublayer",
+    "gemma3": "norm follows each sublayer",
     "opt-norm-after": "neither reads",
     "opt-bare-norms": "neither reads",
 }
@@ -200,7 +200,7 @@ def test_orders_without_a_construction_are_rotated_at_random_and_say_so() -> Non
     before = models.logits(model, IDS)
     result = rotated(model, "stream", "values")
     assert deviation(model, before) < EXACT
-    assert result.notes == ["No Hadamard matrix of order 14 is known here: it is rotated at random instead."]
+    assert result.notes == ["No Hadamard matrix of order 14 is known here: a random rotation is used instead."]
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "random"])

@@ -120,7 +120,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(block: int, overlap: int, tin
 
 
 def test_wrong_windows_are_refused() -> None:
-    with pytest.raises(UsageError, match="window_overlap 2 of window 2: every window has to move on"):
+    with pytest.raises(UsageError, match="window_overlap 2 of window 2: the overlap must be smaller"):
         recipe(window=2, window_overlap=2)
-    with pytest.raises(UsageError, match="GPTQ compensates one block at a time"):
+    with pytest.raises(UsageError, match="GPTQ works on one block at a time"):
         recipe(window=2, rounding="gptq")

@@ -157,7 +157,7 @@ def test_the_compiler_is_asked_early_where_it_will_be_needed(
     calls: list[threading.Thread] = []
     monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: calls.append(threading.current_thread()))
     CompiledBlocks(Recipe.preset("lrquant", kernels=kernel), CPU)
-    for thread in [thread for thread in threading.enumerate() if thread.name == "lrquant asks the compiler"]:
+    for thread in [thread for thread in threading.enumerate() if thread.name == "lrquant probes the compiler"]:
         thread.join()
     assert len(calls) == asked
     assert threading.main_thread() not in calls

@@ -155,7 +155,7 @@ def test_an_early_stop_leaves_a_block_whose_loss_has_flattened(tiny: Path) -> No
         assert len(record.epoch_losses) + record.epochs_left == 12
         assert record.final_loss <= record.initial_loss
         assert record.seconds_saved > 0
-    assert any("flattened early" in note for note in stopped.notes)
+    assert any("converged early" in note for note in stopped.notes)
     patient = lrquant.quantize(str(tiny), recipe(epochs=4))
     assert all(len(record.epoch_losses) == 4 and not record.epochs_left for record in patient.records)
 

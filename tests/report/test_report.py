@@ -252,8 +252,8 @@ def test_adapting_leaves_a_report_of_its_own(tiny: Path, made: Path, tmp_path: P
     ("harm", "message"),
     [
         (lambda folder: (folder / "report" / "run.json").unlink(), "no report data"),
-        (lambda folder: (folder / "report" / "run.json").write_text('{"kind": "quantize"}'), "not a run's data"),
-        (lambda folder: (folder / "report" / "run.json").write_text("{"), "not a run's data"),
+        (lambda folder: (folder / "report" / "run.json").write_text('{"kind": "quantize"}'), "not the data of a run"),
+        (lambda folder: (folder / "report" / "run.json").write_text("{"), "not the data of a run"),
         (lambda folder: (folder / "report" / "measurements.safetensors").write_bytes(b"x" * 20), "cannot be read"),
     ],
 )

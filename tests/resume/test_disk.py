@@ -53,7 +53,7 @@ def test_a_full_disk(size: str, kept: int, mount: Callable[[str], Path], tiny: P
     (disk / "precious").write_text("mine")
     with pytest.raises(LrquantError, match=r"cannot be written .No space left on device.") as failed:
         run(tiny, disk / "out")
-    blocks = f"{kept} finished block{'s are' if kept > 1 else ' is'} kept: the same command goes on from there"
+    blocks = f"{kept} finished block{'s are' if kept > 1 else ' is'} kept; the same command resumes there"
     assert str(failed.value).endswith(blocks)
     assert "\n" not in str(failed.value)
     assert not (disk / "out").exists()
@@ -74,7 +74,7 @@ def test_a_full_disk_before_the_first_block_leaves_nothing(mount: Callable[[str]
 
 def test_hidden_states_that_find_no_room(mount: Callable[[str], Path], tiny: Path) -> None:
     disk = mount("size=16k")
-    with pytest.raises(LrquantError, match=r"the activation store cannot be written .No space left on device.; make"):
+    with pytest.raises(LrquantError, match=r"the activation cache cannot be written .No space left on device.; free"):
         lrquant.quantize(str(tiny), recipe(), calibration=IDS, save_dir=disk / "out", activations="disk")
     assert list(disk.iterdir()) == []
 

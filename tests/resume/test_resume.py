@@ -256,7 +256,7 @@ def test_every_format_goes_on_with_the_same_bytes(changes: dict[str, Any], tmp_p
     learned.clear()
     said = interrupted(tiny, tmp_path / "out", after=2, **changes)
     assert learned == [1]
-    assert said == "interrupted; 2 finished blocks are kept: the same command goes on from there"
+    assert said == "interrupted; 2 finished blocks are kept; the same command resumes there"
     learned.clear()
     quantized = run(tiny, tmp_path / "out", **changes)
     assert learned == [2]
@@ -275,7 +275,7 @@ def test_control_c_on_the_command_line_says_how_to_go_on(tiny: Path, tmp_path: P
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert re.search(r"interrupted; [1-3] finished blocks? (is|are) kept: the same command goes on from there", said)
+    assert re.search(r"interrupted; [1-3] finished blocks? (is|are) kept; the same command resumes there", said)
     assert "Traceback" not in said
     assert not (tmp_path / "out").exists()
     again = lrquant_here(*command)
@@ -357,7 +357,7 @@ def test_damage_is_named_and_only_that_block_is_redone(
     learned.clear()
     quantized = run(tiny, tmp_path / "out")
     assert learned == [1, 3]  # the damaged one, and the one that was never done
-    assert any("00001." in note and "block 1 is done again" in note for note in quantized.notes)
+    assert any("00001." in note and "block 1 will be done again" in note for note in quantized.notes)
     assert contents(tmp_path / "out") == expected
 
 
@@ -442,7 +442,7 @@ def test_no_room_is_one_line_and_the_run_goes_on_when_there_is(room: str, tiny: 
         assert said.endswith("nothing was left behind")
         assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     else:
-        assert said.endswith("4 finished blocks are kept: the same command goes on from there")
+        assert said.endswith("4 finished blocks are kept; the same command resumes there")
     run(tiny, tmp_path / "out")
     assert contents(tmp_path / "out") == whole(tiny, tmp_path / "whole")
     assert (tmp_path / "precious").read_text() == "mine"

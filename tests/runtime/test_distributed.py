@@ -203,8 +203,8 @@ def test_ranks_that_were_given_different_samples_are_told(tmp_path: Path) -> Non
         return "done"
 
     first, second = on_ranks(2, work, tmp_path)
-    assert second == "rank 1 was not given what the first rank was: the calibration samples changed"
-    assert first == "another rank ended or cannot be reached; its own message says why; nothing was left behind"
+    assert second == "rank 1 has other arguments than the first rank: the calibration samples changed"
+    assert first == "another rank has ended or cannot be reached; see its message; nothing was left behind"
     assert not (tmp_path / "out").exists()
 
 
@@ -230,10 +230,10 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
         nonlocal here
         os.environ.update(RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
         here = join(torch.device("cpu"))
-        with pytest.raises(LrquantError, match="another rank ended") as failed:
+        with pytest.raises(LrquantError, match="another rank has ended") as failed:
             lrquant.quantize(str(tiny), recipe, calibration=IDS, save_dir=tmp_path / "out")
         if here.first:
-            assert str(failed.value).endswith("2 finished blocks are kept: the same command goes on from there")
+            assert str(failed.value).endswith("2 finished blocks are kept; the same command resumes there")
             assert isinstance(failed.value.__cause__, LostRank)
 
     began, port = time.monotonic(), free_port()
@@ -328,7 +328,7 @@ def test_two_machines_of_which_one_loses_its_rank(tmp_path: Path) -> None:
     os.kill(ranks[1], signal.SIGKILL)
     said = "".join(machine.communicate(timeout=90)[1] for machine in machines)
     assert all(machine.returncode != 0 for machine in machines)
-    assert "rank 0: another rank ended or cannot be reached" in said
+    assert "rank 0: another rank has ended or cannot be reached" in said
     assert "Signal 9 (SIGKILL) received" in said
     assert not (tmp_path / "out").exists()
     alone = lrquant_here(*command, cwd=tmp_path)

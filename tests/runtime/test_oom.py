@@ -28,7 +28,7 @@ def test_knobs_come_in_the_order_that_helps_and_only_where_they_help() -> None:
 
 
 def test_a_real_allocation_that_fails_is_understood() -> None:
-    said = "out of memory on this machine; try, the most helpful first: --a"
+    said = "out of memory on this machine; try, most effective first: --a"
     with pytest.raises(LrquantError, match=said), advised(lambda: ["--a"]):
         torch.empty(1 << 60)
 
@@ -54,6 +54,6 @@ def test_a_run_that_runs_out_keeps_its_blocks(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(LrquantError) as failed:
         lrquant.quantize(str(tiny), recipe(), calibration=ids, save_dir=tmp_path / "out", activations="host")
     assert str(failed.value) == (
-        "out of memory on the device; try, the most helpful first: --batch-size 1, --activations disk, --seqlen 16, "
+        "out of memory on the device; try, most effective first: --batch-size 1, --activations disk, --seqlen 16, "
         "--dtype bfloat16; 1 finished block is kept: the same command goes on from there"
     )

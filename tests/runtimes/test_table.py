@@ -114,5 +114,5 @@ def test_bad_wishes_are_one_line() -> None:
         settings_for("vllm", {"wbits": 6, "abits": 6})
     with pytest.raises(UsageError, match="leave it out"):
         settings_for("vllm", {"quantize_attention": True})
-    with pytest.raises(UsageError, match="rounds activations its own way"):
+    with pytest.raises(UsageError, match="rounds activations itself"):
         settings_for("llama.cpp", {"abits": 8})

@@ -29,8 +29,8 @@ def check_one_chain(config: Any) -> None:
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UsageError(
-            f"model type {config.model_type!r} is not supported: its decoder reads what an encoder hands it, and "
-            f"blocks are quantized in one chain"
+            f"model type {config.model_type!r} is not supported: it has an encoder and a decoder, and "
+            f"lrquant quantizes a single sequence of blocks"
         )
 
 

@@ -131,7 +131,10 @@ class MultimodalFamily:
             for stage in _stages_of_tower(model, part):
                 residual = stage.residual
                 if residual is not None and self.projector is None:
-                    residual = replace(residual, why_not=residual.why_not or "where pictures join it is not declared")
+                    residual = replace(
+                        residual,
+                        why_not=residual.why_not or "its family file does not declare where images join the text",
+                    )
                 stages.append(replace(stage, residual=residual, joins=self.projector))
         return stages
 
@@ -160,7 +163,10 @@ class FoundFamily:
             for stage in _stages_of_tower(model, part) if part.name in wanted else ():
                 residual = stage.residual
                 if residual is not None and len(self.parts) > 1:
-                    residual = replace(residual, why_not=residual.why_not or "where pictures join it is not declared")
+                    residual = replace(
+                        residual,
+                        why_not=residual.why_not or "its family file does not declare where images join the text",
+                    )
                 stages.append(replace(stage, residual=residual))
         return stages
 
@@ -173,10 +179,12 @@ def found_notes(model_type: str, stages: Sequence[Stage]) -> list[str]:
             continue
         found = stage.found.found()
         names = dict.fromkeys(each.name for own in found.equivalences for each in own)
-        what = f"found by structure and proven: {', '.join(names)}" if names else "none was found: clipping alone"
-        notes.append(f"Model type {model_type!r} has no file of its own; transformations of {stage.path}: {what}.")
+        what = (
+            f"found by analysis and verified: {', '.join(names)}" if names else "none found; weights are only clipped"
+        )
+        notes.append(f"Model type {model_type!r} has no family file; transformations of {stage.path}: {what}.")
         notes += [
-            f"{name} in {stage.path} was not understood ({why}): its weights are clipped, not smoothed."
+            f"{name} in {stage.path} could not be analysed ({why}): its weights are clipped, not smoothed."
             for name, why in found.not_understood.items()
         ]
     return notes
@@ -207,6 +215,11 @@ def _exists(model: nn.Module, path: str) -> bool:
 
 
 def check_towers(family: AnyFamily, towers: Sequence[str] | None) -> None:
+    """Raise if `family` lacks one of `towers`.
+
+    Raises:
+        UsageError: it names the tower and those that there are.
+    """
     unknown = [tower for tower in towers or () if tower not in family.towers]
     if unknown:
         raise UsageError(f"towers {unknown[0]!r}: a {family.name} model has {', '.join(family.towers)}")

@@ -8,7 +8,7 @@ from lrquant.architectures.layouts import Heads, rope_pairs, separate
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 RESIDUAL = ResidualStream(("self_attn.o_proj", "mlp.down_proj"), "mlp.down_proj", ("embed_tokens",), "norm")
-NORMS_BEHIND = replace(RESIDUAL, why_not="a norm stands behind each sublayer, and its weights act on single channels")
+NORMS_BEHIND = replace(RESIDUAL, why_not="a norm follows each sublayer, and its weights scale single channels")
 
 
 def head_counts(config: Any) -> tuple[int, int, int]:

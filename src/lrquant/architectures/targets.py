@@ -48,6 +48,7 @@ def has_exposed(model: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer."""
     return isinstance(module, nn.Linear)
 
 
@@ -82,7 +83,7 @@ def mixtures_of(block: nn.Module) -> list[Mixture]:
 
 
 def experts_alike(block: nn.Module) -> list[tuple[str, ...]]:
-    """Linears that play the same part in all experts of a mixture, by name: all `gate_proj`, all `up_proj`, …"""
+    """The names of linears with the same role in all experts of a mixture: all `gate_proj`, all `up_proj` and so on."""
     found: dict[tuple[str, str], list[str]] = {}
     for mixture in mixtures_of(block):
         for expert in mixture.experts:

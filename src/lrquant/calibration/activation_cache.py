@@ -99,7 +99,9 @@ class OnDisk(Stream):
                 written = os.pwrite(self._file.fileno(), content, offset)
                 content, offset = content[written:], offset + written
         except OSError as error:
-            raise LrquantError(f"the activation store cannot be written ({error.strerror}); make room") from error
+            raise LrquantError(
+                f"the activation cache cannot be written ({error.strerror}); free some disk space"
+            ) from error
 
 
 class ActivationStore:
@@ -117,7 +119,7 @@ class ActivationStore:
         self, where: Where, device: torch.device, folder: Path, samples: int, streams: int, sharing: int = 1
     ) -> None:
         if where not in get_args(Where):
-            raise UsageError(f"activations {where!r}: they live on the device, host or disk, or auto decides")
+            raise UsageError(f"activations {where!r}: choose device, host, disk or auto")
         self.where = where
         self._device, self._folder, self._count, self._sharing = device, folder, samples * streams, sharing
         self.bytes_expected = 0

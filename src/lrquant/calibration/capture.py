@@ -116,8 +116,8 @@ def capture(
         kwargs = without_cache(kwargs)
         if index > 0 and states is not handed_on and not _equal(states, handed_on):
             raise UsageError(
-                f"the model changes the hidden states between its blocks {index - 1} and {index}, as some do where "
-                f"pictures are among them; calibrate it on text"
+                f"the model changes the hidden states between its blocks {index - 1} and {index}, as some models do "
+                f"for images; calibrate it on text"
             )
         if index == 0:
             hidden = new_stream(states) if hidden is None else hidden

@@ -39,7 +39,7 @@ def rendered(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
         text: str = tokenizer.apply_chat_template(_messages(row), tokenize=False)
     except Exception as error:  # a template is a program, and raises what it likes
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{source}: the chat template does not take a conversation of it ({first})") from None
+        raise UsageError(f"{source}: the chat template cannot render one of its conversations ({first})") from None
     return text
 
 

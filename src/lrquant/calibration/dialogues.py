@@ -36,6 +36,7 @@ class Dialogue:
 
 
 def is_dialogues(source: str) -> bool:
+    """Whether `source` names a set of images with text."""
     return source == ZOO_QUESTIONS or source.endswith(".jsonl")
 
 
@@ -54,13 +55,13 @@ def dialogues(source: str, train: bool, limit: int | None, seed: int = 0) -> lis
         ]
     path = Path(source)
     if not path.is_file() or path.suffix != ".jsonl":
-        raise UsageError(f"{source}: pictures with text come from {ZOO_QUESTIONS} or a .jsonl file")
+        raise UsageError(f"{source}: images with text come from {ZOO_QUESTIONS} or a .jsonl file")
     try:
         lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as text ({error})") from None
     if not lines:
-        raise UsageError(f"{path}: there is no row in it")
+        raise UsageError(f"{path}: it has no rows")
     if train:
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
         lines = [lines[index] for index in order]
@@ -76,10 +77,10 @@ def _row(path: Path, number: int, line: str) -> Dialogue:
     if not isinstance(row, dict):
         raise UsageError(f"{where}: a row is an object with image and text or conversation")
     if not isinstance(row.get("image"), str) or not row["image"]:
-        raise UsageError(f"{where}: there is no picture (image) for this text, and the model needs one")
+        raise UsageError(f"{where}: this text has no image, and the model needs one")
     picture = path.parent / row["image"]
     if not picture.is_file():
-        raise UsageError(f"{where}: there is no picture {row['image']} beside the file")
+        raise UsageError(f"{where}: there is no image {row['image']} beside the file")
     return Dialogue(lambda: open_picture(picture), _turns(row, where))
 
 
@@ -88,7 +89,7 @@ def _turns(row: dict[str, Any], where: str) -> tuple[Turn, ...]:
         turns = [("user", row["text"])]
         return tuple(turns + ([("assistant", str(row["answer"]))] if "answer" in row else []))
     conversation = row.get("conversation")
-    wanted = f"{where}: needs text, or a conversation of turns with role and content that the user begins"
+    wanted = f"{where}: needs text, or a conversation of turns with role and content that starts with the user's turn"
     if not isinstance(conversation, list) or not conversation:
         raise UsageError(wanted)
     turns = []
@@ -128,7 +129,7 @@ def dialogue_samples(processor: Any, source: str, nsamples: int, seed: int) -> l
     """
     drawn = dialogues(source, train=True, limit=nsamples, seed=seed)
     if len(drawn) < nsamples:
-        raise UsageError(f"{source}: {len(drawn)} dialogues are too few for {nsamples} samples")
+        raise UsageError(f"{source}: {len(drawn)} dialogues are not enough for {nsamples} samples")
     return [
         dialogue_inputs(processor, each.load(), prompt(processor, each.turns, answer_next=False)) | {"use_cache": False}
         for each in drawn

@@ -52,17 +52,17 @@ def open_picture(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return as_rgb(image)
     except UnidentifiedImageError:
-        raise UsageError(f"{path}: not a picture, or a damaged one; remove it or replace it") from None
+        raise UsageError(f"{path}: not an image, or a damaged one; remove or replace it") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"{path}: the picture cannot be read ({reason}); remove it or replace it") from None
+        raise UsageError(f"{path}: the image cannot be read ({reason}); remove or replace it") from None
 
 
 def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Picture]:
     """Up to `limit` pictures of `source`: for calibration (`train`) drawn by `seed`, for evaluation from the start.
 
     Raises:
-        UsageError: no such source, or no picture in it.
+        UsageError: no such source, or it contains no images.
         LrquantError: the hub cannot be reached.
     """
     if source == ZOO_PICTURES:
@@ -79,9 +79,9 @@ def pictures(source: str, train: bool, limit: int, seed: int = 0) -> list[Pictur
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
         return [found[index] for index in order[:limit]]
     if path.exists():
-        raise UsageError(f"{source}: pictures come from a folder of them, not from a file")
+        raise UsageError(f"{source}: give a folder of images, not a file")
     if source.count("/") > 1 or source.startswith((".", "/", "zoo:")):
-        raise UsageError(f"{source!r} is neither a folder of pictures, nor {ZOO_PICTURES}, nor a data set on the hub")
+        raise UsageError(f"{source!r} is neither a folder of images, nor {ZOO_PICTURES}, nor a data set on the hub")
     return _on_hub(source, train, limit, seed)
 
 
@@ -93,7 +93,7 @@ def _in_folder(path: Path) -> Iterator[Picture]:
     """Files in the order of their names; one in a subfolder has the subfolder's name as its class."""
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
-        raise UsageError(f"{path}: no picture in this folder ({', '.join(SUFFIXES)})")
+        raise UsageError(f"{path}: no image in this folder ({', '.join(SUFFIXES)})")
     for file in files:
         yield Picture(partial(open_picture, file), file.parent.name if file.parent != path else None)
 
@@ -112,7 +112,7 @@ def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
         image = next((column for column, kind in columns.items() if isinstance(kind, ImageColumn)), None)
         label = next((column for column, kind in columns.items() if isinstance(kind, ClassLabel)), None)
         if image is None:
-            raise UsageError(f"data set {name!r} has no column of pictures (columns: {', '.join(columns) or 'none'})")
+            raise UsageError(f"data set {name!r} has no image column (columns: {', '.join(columns) or 'none'})")
         if train:
             rows = rows.shuffle(seed=seed, buffer_size=1000)
         taken = list(rows.take(limit))
@@ -120,11 +120,11 @@ def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
         raise
     except Exception as error:  # the libraries underneath raise a dozen kinds when the hub is away
         raise LrquantError(
-            f"{name!r} is no folder here, and the hub has no such data set or cannot be reached "
-            f"({type(error).__name__}); give a folder of pictures, or {ZOO_PICTURES}"
+            f"{name!r} is not a local folder, and the hub has no such data set or cannot be reached "
+            f"({type(error).__name__}); give a folder of images, or {ZOO_PICTURES}"
         ) from error
     if not taken:
-        raise UsageError(f"data set {name!r}: no picture in it")
+        raise UsageError(f"data set {name!r}: it contains no images")
     return [Picture(partial(as_rgb, row[image]), row[label] if label else None) for row in taken]
 
 
@@ -136,7 +136,7 @@ def image_samples(processor: Any, source: str, nsamples: int, seed: int) -> list
     """
     drawn = pictures(source, train=True, limit=nsamples, seed=seed)
     if len(drawn) < nsamples:
-        raise UsageError(f"{source}: {len(drawn)} pictures are too few for {nsamples} samples")
+        raise UsageError(f"{source}: {len(drawn)} images are not enough for {nsamples} samples")
     return [{"pixel_values": pixels(processor, [picture])} for picture in drawn]
 
 

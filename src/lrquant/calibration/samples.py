@@ -28,9 +28,7 @@ def samples_of(
     source, count, seed = recipe.calibration, recipe.nsamples, recipe.seed
     if modality == "image":
         if source in HUB_TEXTS:
-            raise UsageError(
-                f"{source} is text: a vision model is calibrated on a folder of pictures or {ZOO_PICTURES}"
-            )
+            raise UsageError(f"{source} is text: a vision model needs a folder of images or {ZOO_PICTURES}")
         return image_samples(processor, source, count, seed)
     if modality == "sentences":
         return sentence_samples(processor, source, count, seqlen=window(recipe.seqlen), seed=seed)
@@ -38,9 +36,9 @@ def samples_of(
         if is_dialogues(source):
             return dialogue_samples(processor, source, count, seed)
         if source == ZOO_PICTURES:
-            raise UsageError(f"{source} has pictures without text: this model takes both, as {ZOO_QUESTIONS} has them")
+            raise UsageError(f"{source} has images without text, but this model takes both; try {ZOO_QUESTIONS}")
         if "vision" in (recipe.towers or ()):
-            raise UsageError(f"{source} is text: a vision tower is calibrated on {ZOO_QUESTIONS} or a .jsonl file")
+            raise UsageError(f"{source} is text: a vision tower needs {ZOO_QUESTIONS} or a .jsonl file")
         processor = getattr(processor, "tokenizer", processor)  # without an image processor it is the tokenizer
     return text_samples(calibration_samples(processor, source, count, window(recipe.seqlen), seed))
 

@@ -39,7 +39,7 @@ def room(tokenizer: Any, seqlen: int) -> int:
     most = min(seqlen, tokenizer.model_max_length)  # positions of RoBERTa's kind count from two
     left = most - sum(map(len, special_tokens(tokenizer)))
     if left < 1:
-        raise UsageError(f"seqlen {seqlen} leaves no room beside the special tokens")
+        raise UsageError(f"seqlen {seqlen} is too short for the special tokens")
     return left
 
 
@@ -63,7 +63,7 @@ def sentences(source: str, count: int) -> list[str]:
     pieces = (" ".join(piece.split()) for text in read_text(source, train=False) for piece in text.split("\n\n"))
     found = list(dict.fromkeys(piece for piece in pieces if len(piece) >= SHORTEST))[:count]
     if len(found) < 2:
-        raise UsageError(f"{source}: has no two paragraphs to compare")
+        raise UsageError(f"{source}: fewer than two paragraphs; there is nothing to compare")
     return found
 
 

@@ -96,7 +96,7 @@ def read_text(source: str, train: bool, tokenizer: Any = None) -> list[str]:
         documents = _read_local(Path(source), tokenizer)
     documents = [document for document in documents if document.strip()]
     if not documents:
-        raise UsageError(f"{source}: there is no text in it")
+        raise UsageError(f"{source}: it contains no text")
     return documents
 
 
@@ -131,7 +131,7 @@ def _read_local(path: Path, tokenizer: Any) -> list[str]:
     if suffix not in TEXT_SUFFIXES:
         raise UsageError(f"{path}: text is read from {', '.join(TEXT_SUFFIXES)} files, not {path.suffix or 'this'}")
     if not path.is_file():
-        raise UsageError(f"{path}: not a regular file; text is read from files")
+        raise UsageError(f"{path}: not a regular file")
     try:
         return [_decoded(read_regular(path, MOST_TEXT))] if suffix == ".txt" else _read_table(path, tokenizer)
     except UsageError:
@@ -210,7 +210,7 @@ def check_vocabulary(ids: Tensor, rows: int) -> None:
     """
     if ids.numel() and int(ids.max()) >= rows:
         raise UsageError(
-            f"the tokenizer gives token {int(ids.max())}, and the model's embedding ends at {rows - 1}: "
+            f"the tokenizer gives token {int(ids.max())}, but the model has {rows} embeddings: "
             "this is not the model's tokenizer"
         )
 
@@ -250,7 +250,7 @@ def calibration_samples(
     ids = tokenize(tokenizer, "\n\n".join(documents), special=lead is None)
     if len(ids) < needed:
         raise UsageError(
-            f"{source}: {len(ids)} tokens are too few for {nsamples} samples of {seqlen} ({needed}); "
+            f"{source}: {len(ids)} tokens are not enough for {nsamples} samples of {seqlen} ({needed}); "
             f"at most {len(ids) // step} samples fit, or use a shorter seqlen"
         )
     start = int(torch.randint(len(ids) % step + 1, (1,), generator=generator))

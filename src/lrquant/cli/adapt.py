@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 REPORT_WINDOWS = 32  # of the text, when no evaluation is asked for
 
 
-@takes_settings(epochs=5, init="neutral", nsamples=128, seqlen="as it was calibrated")
+@takes_settings(epochs=5, init="neutral", nsamples=128, seqlen="as in calibration")
 def adapt(
-    quantized: Annotated[str, typer.Argument(metavar="QUANTIZED", help="A checkpoint that lrquant wrote; only read.")],
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED", help="A checkpoint written by lrquant; it is not changed.")
+    ],
     settings: dict[str, Any],
-    reference: Annotated[str, typer.Option(metavar="MODEL", help="The full-precision model it was made from.")],
+    reference: Annotated[str, typer.Option(metavar="MODEL", help="The full-precision model that it was made from.")],
     data: Annotated[str, typer.Option(metavar="NAME|PATH", help="The unlabelled test text.")],
-    save_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapted checkpoint goes: a new folder.")],
-    blocks: Annotated[str, typer.Option(help="last, all, or indices such as 0,4,5.")] = "last",
+    save_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder for the adapted checkpoint; it must not exist yet.")
+    ],
+    blocks: Annotated[str, typer.Option(help="Blocks to adapt: last, all, or indices such as 0,4,5.")] = "last",
     eval_ppl: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|PATH", help="Measure perplexity on this text before and after; may be repeated."),
+        typer.Option(metavar="NAME|PATH", help="Measure perplexity on this text before and after; can be repeated."),
     ] = None,
-    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most N windows.")] = None,
     device: Device = "auto",
     json: JsonFile = None,
     report: Report = True,

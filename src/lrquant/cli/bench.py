@@ -10,14 +10,14 @@ from lrquant.cli.quantize import JsonFile
 
 
 def bench(
-    checkpoints: Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoints, quantized or not.")],
+    checkpoints: Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoints to compare, quantized or not.")],
     programs: Annotated[
         str | None,
         typer.Option("--in", metavar="A,B,…", help="transformers, llama.cpp, vllm.", show_default="what is installed"),
     ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 128,
-    new: Annotated[int, typer.Option(min=1, help="Tokens that are generated.")] = 64,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.", show_default="all")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt length in tokens.")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all")] = None,
     json: JsonFile = None,
 ) -> None:
     """Measure how fast the checkpoints DIR… run: load time, tokens per second, peak memory, size."""
@@ -52,5 +52,5 @@ def bench(
         "new tokens/s (per CPU s)",
         "peak memory",
     ]
-    console.table(f"{prompt} tokens read, {new} generated", columns, [row[:7] for row in rows], words=(0, 1, 2))
+    console.table(f"{prompt} prompt tokens, {new} generated", columns, [row[:7] for row in rows], words=(0, 1, 2))
     console.write_json(json, {"prompt": prompt, "new": new, "measured": [each.as_dict() for each in found]})

@@ -92,7 +92,7 @@ def _answer_a_question(path: str) -> str:
         model(**inputs)  # unpacks the vision tower, which `generate` asks before it calls the model
         ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # type: ignore[misc]
     said = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return f"is asked of a held-out picture: {asked.question}{said} (It is {asked.answer}.)"
+    return f"about a held-out image: {asked.question}{said} (It is {asked.answer}.)"
 
 
 _LANGUAGE = {"calibration": "zoo:pydoc", "nsamples": 32, "seqlen": SEQLEN}
@@ -104,7 +104,7 @@ SHOWS: Mapping[str, Show] = MappingProxyType(
         "zoo:llama": Show(
             _LANGUAGE,
             {"epochs": 5, "batch_size": 4},
-            f"texts of {SEQLEN} tokens",
+            f"samples of {SEQLEN} tokens",
             f"windows of {SEQLEN} tokens of held-out text",
             64,
             _perplexities,
@@ -114,7 +114,7 @@ SHOWS: Mapping[str, Show] = MappingProxyType(
             _PICTURES,
             {"epochs": 8, "batch_size": 16},
             "pictures",
-            "held-out pictures of zoo:shapes",
+            "held-out images of zoo:shapes",
             1000,
             _accuracies,
         ),

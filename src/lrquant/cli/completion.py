@@ -23,21 +23,25 @@ def model_names(incomplete: str) -> list[str]:
 
 
 def method_names(incomplete: str) -> list[str]:
+    """Presets that begin with `incomplete`."""
     from lrquant.recipe import PRESETS
 
     return _starting(incomplete, list(PRESETS))
 
 
 def format_names(incomplete: str) -> list[str]:
+    """Number formats that begin with `incomplete`."""
     return _starting(incomplete, list(FORMAT_NAMES))
 
 
 def runtime_names(incomplete: str) -> list[str]:
+    """Programs for `--for` that begin with `incomplete`."""
     from lrquant.runtimes import RUNTIMES
 
     return _starting(incomplete, [runtime.key for runtime in RUNTIMES])
 
 
 def calibration_names(incomplete: str) -> list[str]:
+    """Calibration sets that begin with `incomplete`."""
     names = ["wikitext2", "ptb", "c4", "zoo:pydoc", "zoo:pycode", "zoo:shapes", "zoo:shapes-vqa"]
     return _starting(incomplete, names)

@@ -95,6 +95,7 @@ progress = _Progress()
 
 
 def error(line: str) -> None:
+    """Print an error as one line on standard error."""
     rank, world = ranks()
     err.print("[bold red]Error:[/] ", end="")
     if world > 1:
@@ -110,6 +111,7 @@ def say(line: str) -> None:
 
 
 def note(line: str) -> None:
+    """Print a note as one line."""
     say(f"Note: {line}")
 
 
@@ -129,6 +131,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], wor
 
 
 def megabytes(count: float) -> str:
+    """`count` bytes in MB or GB, for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
@@ -152,7 +155,7 @@ def write_json(path: Path | None, values: dict[str, Any]) -> None:
     except OSError as error:
         out.print(text, markup=False, soft_wrap=True, end="")
         raise LrquantError(
-            f"--json {path}: cannot be written ({reason(error)}); the figures are printed above"
+            f"--json {path}: cannot be written ({reason(error)}); the results are printed above"
         ) from None
 
 
@@ -168,7 +171,7 @@ class BlockProgress(Callback):
         if done == 1:
             if progress.moves:
                 self.bar.start()
-            self.measuring = self.bar.add_task("Measuring what bits are worth", total=blocks, loss="")
+            self.measuring = self.bar.add_task("Measuring quantization errors", total=blocks, loss="")
         self.bar.update(self.measuring, completed=done, visible=done < blocks)
         progress.line(f"{self.title}: {done}/{blocks} blocks measured")
 
@@ -199,7 +202,7 @@ class BlockProgress(Callback):
             self.tuning = self.bar.add_task(f"{self.title}, the whole", total=epochs, loss="")
             return
         self.bar.update(self.tuning, completed=done, loss=f"divergence {loss:.4g}")
-        progress.line(f"{self.title}: the whole, epoch {done}/{epochs}, divergence {loss:.4g}")
+        progress.line(f"{self.title}: end-to-end tuning, epoch {done}/{epochs}, divergence {loss:.4g}")
         if done == epochs:
             self.stop()
 

@@ -23,15 +23,16 @@ KEPT = "lrquant"  # the method whose checkpoint is written, measured as it comes
 def demo(
     model: Annotated[str, typer.Option(help=f"{', '.join(SHOWS)}.")] = "zoo:llama",
     save_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the LRQuant checkpoint here.", show_default="not kept")
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the LRQuant checkpoint in this folder.", show_default="not kept"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the calibration samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration samples.")] = 0,
     json: JsonFile = None,
 ) -> None:
     """Quantize a bundled model to W4A4 with every method and compare them on held-out text or pictures."""
     console.check_output(json)
     if model not in SHOWS:
-        raise UsageError(f"no demo of {model!r}: there are {', '.join(SHOWS)}")
+        raise UsageError(f"no demo for {model!r}: there are {', '.join(SHOWS)}")
     from lrquant.entrypoints.quantize import quantize
     from lrquant.export import check_save_dir
     from lrquant.loading.pretrained import pick_device
@@ -97,7 +98,7 @@ def demo(
     if save_dir:
         console.note(f"the checkpoint is in {save_dir}: from_pretrained of transformers' Auto classes loads it")
     seconds = time.perf_counter() - began
-    console.say(f"{seconds:.0f} seconds in all; what happened, in pictures: {page}")
+    console.say(f"{seconds:.0f} seconds in total; report: {page}")
     console.write_json(json, {"model": model, "seconds": seconds, "methods": results, "said": said})
 
 

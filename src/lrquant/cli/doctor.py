@@ -18,7 +18,7 @@ OPTIONAL = {
     "accelerate": ("device_map, and lm-eval's models", "pip install 'lrquant[eval]'"),
     "tensorboard": ("--log-to tensorboard", "pip install 'lrquant[tensorboard]'"),
     "wandb": ("--log-to wandb", "pip install 'lrquant[wandb]'"),
-    "vllm": ("serving what lrquant writes", "pip install vllm"),
+    "vllm": ("serving lrquant's checkpoints", "pip install vllm"),
 }
 
 
@@ -26,7 +26,7 @@ def doctor(json: JsonFile = None) -> None:
     """Say what this machine can do: torch's build, devices, memory, bf16, packages; and what to install."""
     console.check_output(json)
     required, wrong = _required()
-    with console.status("Looking at this machine"):
+    with console.status("Checking this machine"):
         machine = _machine()
         devices = _devices()
     optional = {name: _version(name) for name in OPTIONAL}
@@ -51,7 +51,9 @@ def doctor(json: JsonFile = None) -> None:
         },
     )
     if wrong:
-        raise LrquantError(f"packages do not fit: {'; '.join(wrong)}; pip install -U lrquant installs what does")
+        raise LrquantError(
+            f"incompatible packages: {'; '.join(wrong)}; pip install -U lrquant installs compatible ones"
+        )
 
 
 def _version(package: str) -> str | None:
@@ -102,7 +104,7 @@ def _machine() -> dict[str, Any]:
         "memory": _memory(),
         "free disk here": console.megabytes(shutil.disk_usage(Path.cwd()).free),
         "HF_HOME": f"{cache}, {console.megabytes(shutil.disk_usage(where).free)} free",
-        "hub": "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online, if the network is",
+        "hub": "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "online if the network is available",
     }
 
 
@@ -144,6 +146,6 @@ def _advice(devices: list[dict[str, str]]) -> list[str]:
     if len(devices) > 1:
         return []
     return [
-        "no accelerator: models of up to a few hundred million parameters take minutes here, a billion takes hours; "
-        "weight-only with --method rtn is quick at any size"
+        "no accelerator: models of up to a few hundred million parameters take minutes here, larger ones hours; "
+        "weight-only quantization with --method rtn is fast at any size"
     ]

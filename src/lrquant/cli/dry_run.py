@@ -20,6 +20,7 @@ def show_estimate(
     trust_remote_code: bool,
     json: Path | None,
 ) -> None:
+    """Estimate a run and print the result as a table, or write it to `json`."""
     from lrquant.entrypoints.estimate import estimate
 
     _, ranks = console.ranks()
@@ -41,7 +42,7 @@ def show_estimate(
         ["parameters", f"{found.parameters / 1e6:,.1f} M"],
         ["to read", console.megabytes(found.read_bytes)],
         ["to write", console.megabytes(found.checkpoint_bytes)],
-        ["besides, until it is done", console.megabytes(found.work_bytes)],
+        ["temporarily, during the run", console.megabytes(found.work_bytes)],
         ["hidden states", f"{where}{' each process' if ranks > 1 else ''}"],
         ["peak memory", f"{console.megabytes(found.peak_memory_bytes)}{' each process' if ranks > 1 else ''}"],
         ["time", f"{_duration(found.seconds)}, {found.step_seconds:.3f} s a step"],

@@ -18,21 +18,24 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="ORIGINAL", help="On these texts, also compare the predictions with this model's."),
+        typer.Option(metavar="ORIGINAL", help="Also compare predictions with those of this model, on the same texts."),
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the model's most")
+        int | None, typer.Option(help="Tokens per window.", show_default="2048, or the model's maximum")
     ] = None,
-    limit_windows: Annotated[int | None, typer.Option(min=1, help="Only so many windows.")] = None,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most N windows.")] = None,
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     images: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|PATH", help="Pictures: zoo:shapes, a folder with one subfolder per class, the hub."),
+        typer.Option(
+            metavar="NAME|PATH",
+            help="Images: zoo:shapes, a folder with one subfolder per class, or a data set on the hub.",
+        ),
     ] = None,
     vqa: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|PATH", help="Questions about pictures: zoo:shapes-vqa, or a .jsonl file."),
+        typer.Option(metavar="NAME|PATH", help="Questions about images: zoo:shapes-vqa, or a .jsonl file."),
     ] = None,
     limit: Limit = None,
     dtype: Precision = Dtype.auto,
@@ -44,7 +47,7 @@ def evaluate(
     if not (ppl or tasks or images or vqa):
         raise UsageError(
             "nothing to measure: name a text with --ppl (wikitext2, zoo:pydoc), tasks with --tasks (piqa), "
-            "pictures with --images (zoo:shapes), or questions with --vqa (zoo:shapes-vqa)"
+            "images with --images (zoo:shapes), or questions with --vqa (zoo:shapes-vqa)"
         )
     console.check_output(json)
     if against is not None and not ppl:
@@ -108,7 +111,7 @@ def evaluate(
         console.table(f"{model}, {seconds:.1f} s", ["text", "perplexity", "windows", "tokens each"], rows)
     if compared:
         rows = [[name, f"{each.divergence:.4f}", f"{100 * each.top1:.1f}"] for name, each in compared.items()]
-        console.table(f"against {against}", ["text", "KL divergence, nats a token", "same top token, %"], rows)
+        console.table(f"against {against}", ["text", "KL divergence, nats per token", "same top token, %"], rows)
     show_tasks(by_task)
     console.write_json(
         json,

@@ -10,15 +10,15 @@ from lrquant.cli.quantize import JsonFile
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint, quantized or not.")],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file, or for dense the folder, that is made.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The checkpoint to export, quantized or not.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write (for dense: the folder).")],
     to: Annotated[
-        str, typer.Option(metavar="FORMAT", help="gguf: for llama.cpp; dense: a checkpoint in floating point.")
+        str, typer.Option(metavar="FORMAT", help="gguf: for llama.cpp; dense: a floating-point checkpoint.")
     ] = "gguf",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What is not quantized becomes this: f16, bf16, f32 or, in GGUF, q8_0.",
+            help="Data type of tensors that are not quantized: f16, bf16, f32 or, in GGUF, q8_0.",
             show_default="gguf: f16; dense: bf16",
         ),
     ] = None,

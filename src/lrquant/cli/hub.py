@@ -14,7 +14,7 @@ def check_can_push(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError:
-        raise UsageError(f"--push-to-hub {repository!r}: not a repository's name on the hub (USER/NAME)") from None
+        raise UsageError(f"--push-to-hub {repository!r}: not a repository name (USER/NAME)") from None
     if constants.HF_HUB_OFFLINE:
         raise UsageError("--push-to-hub: HF_HUB_OFFLINE is set; unset it or leave the option out")
     if get_token() is None:

@@ -169,7 +169,7 @@ def _described(args: dict[str, Any] | None) -> str:
         "group": f"per group of {args.get('group_size')}",
         "tensor_group": f"per group of {args.get('group_size')}, and one scale per tensor",
         "block": f"per block of {' × '.join(map(str, args.get('block_structure') or []))}",
-        "token": "per token, range found at run time",
+        "token": "per token, range computed at run time",
         "tensor": "per tensor",
     }.get(str(args.get("strategy")), str(args.get("strategy")))
     return f"{kind}{args.get('num_bits')}, {'symmetric' if args.get('symmetric') else 'asymmetric'}, {where}"
@@ -213,7 +213,7 @@ def _tensors(directory: Path) -> tuple[dict[str, _Tensor], int]:
                         shape = struct.unpack(f"<{(end - begin) // 8}q", file.read(end - begin))
                     found[name] = _Tensor(end - begin, math.prod(shape))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise LrquantError(f"{path}: damaged ({error}); fetch or make it again") from None
+            raise LrquantError(f"{path}: damaged ({error}); download or create it again") from None
     return found, sum(tensor.bytes for tensor in found.values())
 
 

@@ -30,7 +30,7 @@ _usual_warning = warnings.showwarning
 
 app = typer.Typer(
     name="lrquant",
-    help="Quantize pretrained transformers after training, and see what it cost.",
+    help="Post-training quantization of transformers, with a report of what it costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -65,13 +65,15 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
+    """Options that stand before a command."""
     if debug:
         os.environ["LRQUANT_DEBUG"] = "1"
 
 
 def main() -> None:
+    """Run the `lrquant` command."""
     run(app)
 
 
@@ -108,7 +110,9 @@ def _show_warning(
 
 
 def _check_surroundings() -> None:
-    """Raise where the working folder was deleted; print to nowhere where standard output is closed."""
+    """Raise on Windows or if the working folder was deleted; discard output if standard output is closed."""
+    if sys.platform == "win32":
+        raise UsageError("lrquant does not run on Windows; use WSL (the Windows Subsystem for Linux)")
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -28,32 +28,32 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A hub name, a local folder, or zoo:NAME.", autocompletion=model_names),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Precision = Annotated[Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, else bfloat16.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every figure to FILE.")]
+Precision = Annotated[
+    Dtype, typer.Option(help="Precision of the computation; auto: float32 on CPUs, bfloat16 elsewhere.")
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to FILE as JSON.")]
 Tasks = Annotated[
     str | None,
     typer.Option(metavar="A,B,…", help="lm-eval tasks: piqa,arc_easy,…; zoo:cloze and zoo:shapes-vqa are offline."),
 ]
 NumFewshot = Annotated[
-    int | None, typer.Option(min=0, help="Examples in a task's prompt.", show_default="the task's own")
+    int | None, typer.Option(min=0, help="Few-shot examples in a task's prompt.", show_default="the task's own")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only so many items of each task.")]
-Report = Annotated[bool, typer.Option("--report/--no-report", help="Leave report.html beside the result.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most N items of each task.")]
+Report = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the result's folder.")]
 LogTo = Annotated[
-    list[Tracker] | None, typer.Option(help="Also write scalars there, by its own package; may be repeated.")
+    list[Tracker] | None, typer.Option(help="Also log scalars to tensorboard or wandb, if installed; can be repeated.")
 ]
 PushToHub = Annotated[
-    str | None, typer.Option(metavar="USER/NAME", help="Then upload the result to this repository of the hub.")
+    str | None, typer.Option(metavar="USER/NAME", help="Upload the result to this repository on the hub.")
 ]
-Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository a private one.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository on the hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Allow code that comes with the model to run.")]
 
 COLLECTIVE = ("quantize", "evaluate")  # what several processes do together
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors, no progress.")]
-LogFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Also write everything that is said to the end of FILE.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only results and errors, no progress.")]
+LogFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Also append all output to FILE.")]
 
 
 class Stopped(LrquantError):
@@ -87,7 +87,7 @@ def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
         quiet, log_file = (given.pop(name) for name in extra)
         if console.ranks()[1] > 1 and command.__name__ not in COLLECTIVE:
             raise UsageError(
-                f"{command.__name__} works in one process: torchrun is for lrquant quantize and lrquant eval"
+                f"{command.__name__} runs in one process; use torchrun only with lrquant quantize and lrquant eval"
             )
         with console.output(quiet, log_file):
             interruptible(command)(**given)

@@ -48,11 +48,11 @@ def run_published(command: Callable[..., None]) -> None:
 
 def statistics(
     model: ModelOption,
-    scales_output_path: Annotated[Path, typer.Option(help="Folder for the channels' maxima.")] = SCALES_DIR,
-    shifts_output_path: Annotated[Path, typer.Option(help="Folder for the channels' midpoints.")] = SHIFTS_DIR,
+    scales_output_path: Annotated[Path, typer.Option(help="Folder for the maximum of each channel.")] = SCALES_DIR,
+    shifts_output_path: Annotated[Path, typer.Option(help="Folder for the midpoint of each channel.")] = SHIFTS_DIR,
     calib_dataset: CalibOption = "wikitext2",
     num_samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sample, or the model's most.")] = 2048,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 2048,
     seed: Annotated[int, typer.Option(help="Decides the samples.")] = 2,
 ) -> None:
     """Gather activation statistics of MODEL's linears."""
@@ -78,28 +78,34 @@ def statistics(
 def quantize(
     model: ModelOption,
     output_dir: Annotated[
-        Path, typer.Option("--output_dir", help="Gets a log, the learned parameters and results.json.")
+        Path, typer.Option("--output_dir", help="Folder for the log, the learned parameters and results.json.")
     ] = Path("./log"),
     save_dir: Annotated[
-        Path | None, typer.Option("--save_dir", help="Where the quantized checkpoint goes.", show_default="not saved")
+        Path | None, typer.Option("--save_dir", help="Folder for the quantized checkpoint.", show_default="not saved")
     ] = None,
-    cache_dir: Annotated[Path, typer.Option("--cache_dir", help="Cache of data sets.")] = Path("./cache"),
+    cache_dir: Annotated[Path, typer.Option("--cache_dir", help="Cache folder of data sets.")] = Path("./cache"),
     resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Start from saved parameters.")] = None,
     calib_dataset: CalibOption = "wikitext2",
     nsamples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens per sample.", show_default="2048 or the model's")] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per sample.", show_default="2048, or the model's maximum")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Samples per step.")] = 1,
-    seed: Annotated[int, typer.Option(help="Decides the samples and their order.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and their order.")] = 2,
     tasks: Annotated[str, typer.Option(metavar="A,B,…", help="lm-eval tasks.")] = "",
     eval_ppl: Annotated[
         bool, typer.Option("--eval_ppl", help=f"Measure perplexity on {', '.join(EVALUATION_TEXTS)}.")
     ] = False,
     eval_ppl_data: Annotated[
         list[str] | None,
-        typer.Option("--eval_ppl_data", metavar="NAME|PATH …", help="On these instead, separated by spaces or commas."),
+        typer.Option(
+            "--eval_ppl_data",
+            metavar="NAME|PATH …",
+            help="Evaluation texts instead of these, separated by spaces or commas.",
+        ),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # texts after --eval_ppl_data's first
-    num_fewshot: Annotated[int, typer.Option("--num_fewshot", min=0, help="Examples in a task's prompt.")] = 0,
+    num_fewshot: Annotated[int, typer.Option("--num_fewshot", min=0, help="Few-shot examples in a task's prompt.")] = 0,
     wbits: Annotated[int, typer.Option(help="Bits of a weight.")] = 4,
     abits: Annotated[int, typer.Option(help="Bits of an activation; 16: weight-only.")] = 4,
     group_size: Annotated[int | None, typer.Option("--group_size", help="Input channels that share a scale.")] = None,
@@ -111,10 +117,10 @@ def quantize(
     lwc: Annotated[bool, typer.Option("--lwc", help="Learn weight clipping.")] = False,
     lr_plus: Annotated[bool, typer.Option("--lr_plus", help="LRQuant+.")] = False,
     tta: Annotated[
-        bool, typer.Option("--tta", help="Adapt to each evaluation text that is not the calibration's.")
+        bool, typer.Option("--tta", help="Adapt to each evaluation text that is not the calibration text.")
     ] = False,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Symmetric weight grids.")] = False,
-    limit: Annotated[int, typer.Option(help="Only so many windows and task items; -1: all.")] = -1,
+    limit: Annotated[int, typer.Option(help="At most N windows and task items; -1: all.")] = -1,
     act_scales: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Maxima.", show_default=f"{SCALES_DIR}/MODEL.safetensors, if there"),
@@ -128,7 +134,7 @@ def quantize(
     from lrquant.recipe import Recipe
 
     if epochs and not (let or lwc):
-        raise UsageError(f"--epochs {epochs} has nothing to learn: give --lwc, --let or both, or --epochs 0")
+        raise UsageError(f"--epochs {epochs} would learn nothing: give --lwc, --let or both, or --epochs 0")
     recipe = Recipe.preset(
         "lrquant+" if lr_plus else "lrquant",
         paper_exact=True,
@@ -160,7 +166,7 @@ def quantize(
     from lrquant.export import load_learned, save_learned
 
     if more and not eval_ppl_data:
-        raise UsageError(f"{more[0]!r} is no option: texts to measure perplexity on follow --eval_ppl_data")
+        raise UsageError(f"{more[0]!r} is not an option; evaluation texts follow --eval_ppl_data")
     names = [name for given in (*(eval_ppl_data or ()), *(more or ())) for name in given.split(",")]
     wanted, most = split_tasks(tasks), None if limit < 0 else limit
     texts = _reachable(names or (EVALUATION_TEXTS if eval_ppl or tta else ()))

@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 Examples:
 
-  4-bit weights for vLLM, calibrated offline:
+  4-bit weights for vLLM, with an offline calibration set:
 
     lrquant quantize MODEL --format w4a16-g128 --calib zoo:pydoc
 
-  4-bit weights and activations, the best method, perplexity before and after:
+  4-bit weights and activations with the best method, and perplexity before and after:
 
     lrquant quantize MODEL --method lrquant-max --eval-ppl wikitext2
 
-  How large, how long and how much memory, without doing it:
+  Estimate size, time and memory without quantizing:
 
     lrquant quantize MODEL --wbits 2 --abits 16 --group-size 64 --dry-run
 """
@@ -66,18 +66,16 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where the quantized checkpoint goes: a new folder.",
+            help="The folder for the quantized checkpoint; it must not exist yet.",
             show_default="MODEL-FORMAT in the current folder",
         ),
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from a recipe.yaml; options given here change it.")
+        Path | None, typer.Option(metavar="FILE", help="Use a recipe.yaml; other options override it.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what it would read, write, hold and take; write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate size, memory and time; write nothing.")] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew; else an interrupted run of the same command goes on.")
+        bool, typer.Option("--restart", help="Start over instead of resuming an interrupted run of the same command.")
     ] = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
@@ -86,8 +84,8 @@ def quantize(
         typer.Option(
             metavar="NAME",
             autocompletion=format_names,
-            help=f"A number format by name: {', '.join(FORMAT_NAMES)}.",
-            show_default="by the options below",
+            help=f"Number format by name: {', '.join(FORMAT_NAMES)}.",
+            show_default="set by the options below",
         ),
     ] = None,
     runtime: Annotated[
@@ -96,30 +94,30 @@ def quantize(
             "--for",
             metavar="PROGRAM",
             autocompletion=runtime_names,
-            help="Take what this program runs, bits as asked: vllm, vllm-cpu, sglang, llama.cpp, transformers.",
-            show_default="as asked, whether anything runs it or not",
+            help="Choose settings for this program: vllm, vllm-cpu, sglang, llama.cpp, transformers.",
+            show_default="no particular program",
         ),
     ] = None,
     statistics: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start smoothing from channel statistics saved earlier.")
+        Path | None, typer.Option(metavar="FILE", help="Use saved channel statistics for the initial smoothing scales.")
     ] = None,
     save_statistics: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save this run's channel statistics.")
+        Path | None, typer.Option(metavar="FILE", help="Save the channel statistics of this run.")
     ] = None,
-    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="The same as --method lrquant+.")] = False,
+    lr_plus: Annotated[bool, typer.Option("--lr-plus", "--lr_plus", help="Short for --method lrquant+.")] = False,
     paper_exact: Annotated[
-        bool, typer.Option("--paper-exact", help="The method's setting as published, where ours differs.")
+        bool, typer.Option("--paper-exact", help="Use the method's published settings where the defaults differ.")
     ] = False,
     device: Device = "auto",
     activations: Annotated[
-        Activations, typer.Option(help="Where hidden states wait while blocks are learned.")
+        Activations, typer.Option(help="Where hidden states are kept during the run.")
     ] = Activations.auto,
     trust_remote_code: Trust = False,
     eval_ppl: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|PATH", help="Then measure perplexity on this text; may be repeated."),
+        typer.Option(metavar="NAME|PATH", help="Measure perplexity on this text afterwards; can be repeated."),
     ] = None,
-    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many windows.")] = None,
+    limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most N windows.")] = None,
     tta: Annotated[
         bool, typer.Option("--tta", help="Also adapt to each evaluation text that is not the calibration text.")
     ] = False,
@@ -133,6 +131,9 @@ def quantize(
     """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
     console.check_output(json)
     console.check_output(save_statistics, "--save-statistics")
+    if recipe is None:
+        asked_for = runtime or format or lr_plus or paper_exact
+        settings = _completed(settings, model, device, format_too=not asked_for, trust_remote_code=trust_remote_code)
     settings = _for_runtime(settings, recipe, format, runtime=runtime)
     chosen = _recipe(settings, recipe, lr_plus, paper_exact, None if runtime else format)
     if runtime is None:
@@ -140,7 +141,7 @@ def quantize(
     save_dir = save_dir or default_folder(model, chosen)
 
     if tta and not eval_ppl:
-        raise UsageError("--tta adapts to evaluation texts: name at least one with --eval-ppl")
+        raise UsageError("--tta adapts to evaluation texts: give at least one with --eval-ppl")
 
     if dry_run:
         show_estimate(
@@ -233,6 +234,30 @@ def default_folder(model: str, recipe: "Recipe") -> Path:
     return Path(f"{name}-{recipe.format_name.lower().replace(' ', '-')}")
 
 
+def _completed(
+    given: dict[str, Any], model: str, device: str, *, format_too: bool, trust_remote_code: bool
+) -> dict[str, Any]:
+    """`given` with a calibration set, and with a format and a method if it has none of them; a note says so."""
+    from lrquant.entrypoints.defaults import DEFAULT_CALIBRATION, chosen_calibration, chosen_format, decides
+    from lrquant.loading.pretrained import load_config, pick_device
+
+    found: dict[str, Any] = {}
+    format_too = format_too and not decides(given)
+    words = []
+    if format_too or "calibration" not in given:
+        config = load_config(model, trust_remote_code)
+        if format_too:
+            found, why = chosen_format(config, pick_device(device).type)
+            words.append(why)
+        if "calibration" not in given:
+            found["calibration"], why = chosen_calibration(config)
+            if format_too or found["calibration"] != DEFAULT_CALIBRATION:
+                words.append(why)
+    if words:
+        console.note(f"Chosen: {', '.join(words)}.")
+    return found | given
+
+
 def _for_runtime(
     given: dict[str, Any], file: Path | None, format: str | None, *, runtime: str | None
 ) -> dict[str, Any]:
@@ -258,7 +283,9 @@ def _warn_of_unserved(recipe: "Recipe") -> None:
     stored = format_of_recipe(recipe)
     if not served(stored):
         near = nearest_served(stored)
-        console.note(f"{recipe.format_name}: no program runs this format; it can only be simulated. {near} is served.")
+        console.note(
+            f"{recipe.format_name}: no program runs this format; it can only be simulated. Programs run {near}."
+        )
 
 
 def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact: bool, format: str | None) -> "Recipe":
@@ -267,12 +294,12 @@ def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact
 
     method = given.pop("method", None)
     if lr_plus and method not in (None, "lrquant", "lrquant+"):
-        raise UsageError(f"--lr-plus is --method lrquant+, not {method}: give one of them")
+        raise UsageError(f"--lr-plus means --method lrquant+, not {method}: give one of the two")
     method = "lrquant+" if lr_plus else method
     if "rotation_rank" in given:
         given.setdefault("rotation_vectors", True)
     if file is None:
         return Recipe.preset(method or "lrquant", paper_exact, format, **given)
     if method is not None or paper_exact:
-        raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe says all of it")
+        raise UsageError("give --recipe, or --method and --paper-exact, not both: the recipe includes the method")
     return Recipe.from_yaml(file).changed(**with_format(format, given))

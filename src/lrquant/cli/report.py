@@ -12,7 +12,9 @@ COMPARISON = Path("lrquant-comparison.html")
 
 
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results of quantize, adapt or demo.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders written by quantize, adapt or demo.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", show_default=f"report.html in DIR; {COMPARISON} for several"),

@@ -32,10 +32,10 @@ def show(
     for name, result in measured.items():
         before = f", {original[name].value:.3f} before" if original else ""
         rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
-    rows += [[f"perplexity {name}, adapted to it", f"{result.value:.3f}"] for name, result in adapted.items()]
+    rows += [[f"perplexity {name}, after adaptation", f"{result.value:.3f}"] for name, result in adapted.items()]
     rows += _served_by(quantized)
     if page:
-        rows.append(["what happened, in pictures", str(page)])
+        rows.append(["report", str(page)])
     recipe = quantized.recipe
     warning = quantized.coverage.warning() if quantized.coverage is not None else None
     if warning:
@@ -62,7 +62,7 @@ def _served_by(quantized: "Quantized") -> list[list[str]]:
     config = json.loads((quantized.saved_to / "config.json").read_text())
     started = commands(format_of_config(config), str(quantized.saved_to))
     if not started:
-        return [["served by", "no program: transformers simulates it; lrquant info says why"]]
+        return [["served by", "no program; transformers simulates it (lrquant info explains why)"]]
     return [[f"in {name}", command] for name, command in started.items()]
 
 

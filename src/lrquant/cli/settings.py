@@ -100,7 +100,7 @@ class Whole(TyperCommand):
             if name == "--":
                 break
             if name in names:
-                warnings.warn(f"{name} is called {names[name]} now", RenamedWarning, stacklevel=2)
+                warnings.warn(f"{name} is now called {names[name]}", RenamedWarning, stacklevel=2)
                 args[index] = "=".join([names[name], *value])
         return super().parse_args(ctx, args)
 

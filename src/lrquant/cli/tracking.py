@@ -18,6 +18,8 @@ RUNS = Path("runs")  # where TensorBoard looks by custom
 
 
 class Tracker(StrEnum):
+    """Packages that can receive a run's scalars."""
+
     tensorboard = "tensorboard"
     wandb = "wandb"
 
@@ -100,7 +102,7 @@ def tracking(wanted: Sequence[Tracker], name: str, configuration: dict[str, Any]
         for tracker in dict.fromkeys(wanted):
             if tracker is Tracker.tensorboard:
                 opened.append(_TensorBoard(RUNS / name, configuration))
-                console.note(f"scalars go to {RUNS / name}: tensorboard --logdir {RUNS}")
+                console.note(f"scalars are written to {RUNS / name}: tensorboard --logdir {RUNS}")
             else:
                 opened.append(_Wandb(name, configuration))
         yield opened

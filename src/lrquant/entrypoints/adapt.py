@@ -1,13 +1,12 @@
 """Test-time adaptation: fit a quantized model to an unlabelled test set that it was not calibrated on.
 
-The test samples pass through both streams, block by block: the original's own activations, and those of the
-quantized blocks. Where a block is chosen (the last one, unless asked otherwise) its learnables are learned
-again from the *original's* weights and a neutral start, S = 1 and δ = 0, so that the two streams meet (LRQuant,
-test-time adaptation). Nothing of a test sample but its tokens is used.
+The test samples pass through both streams, block by block: the activations of the original, and those of the quantized
+blocks. The learnables of the chosen blocks (by default the last one) are learned again, starting from the *original's*
+weights and neutral values, S = 1 and δ = 0, so that the two streams agree (LRQuant, test-time adaptation). Only the
+tokens of the test samples are used.
 
-The result is a new checkpoint beside the old one: the chosen blocks' tensors are replaced, every other byte is
-copied. Going back to the original is loading the original. A block that would answer worse than the
-checkpoint's keeps the checkpoint's.
+The result is a new checkpoint: the tensors of the chosen blocks are replaced, every other byte is copied. The quantized
+checkpoint that it started from is unchanged. A block that does not improve keeps the checkpoint's parameters.
 """
 
 import shutil
@@ -55,16 +54,16 @@ _CARD = """
 ## Adaptation
 
 Block{plural} {blocks} of this checkpoint {were} adapted to `{data}` ({nsamples} unlabelled samples of {seqlen} tokens,
-{epochs} epochs), with `{reference}` as the reference; `{file}` has the details. Everything else is as it was.
+{epochs} epochs), with `{reference}` as the reference; `{file}` has the details. Everything else is unchanged.
 """
 
 
 class AdaptOptions(TypedDict, total=False):
     """How the chosen blocks are learned again.
 
-    epochs: passes over the test samples per block; 5.
-    init: where smoothing starts: `neutral`, or `log` or `smoothquant` from the test set's statistics.
-    nsamples: at most so many windows, spread evenly over the text; 128.
+    epochs: epochs over the test samples per block; 5.
+    init: initial smoothing scales: `neutral`, or `log` or `smoothquant` from the test set's statistics.
+    nsamples: the largest number of windows, spread evenly over the text; 128.
     seqlen: tokens per window; None: as the checkpoint was calibrated.
     device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
     trust_remote_code: whether code that comes with the model may run; False unless given.
@@ -93,11 +92,11 @@ def adapt(
     >>> lrquant.adapt("llama-w4a4", "zoo:llama", "zoo:pydoc", save_dir="llama-w4a4-pydoc")
 
     Args:
-        quantized: a folder that lrquant wrote; it is only read.
+        quantized: a folder that lrquant wrote; it is not changed.
         reference: the full-precision model that it was made from.
         data: a text by name or path, whose evaluation part is used, or token ids, (1, tokens) each.
         blocks: `last`, `all`, or indices such as `0,4,5` (from the end: -1).
-        callback: hears of progress (`lrquant.reconstruction.callbacks`).
+        callback: is called as the run progresses (`lrquant.reconstruction.callbacks`).
         options: `AdaptOptions`.
 
     Raises:
@@ -136,7 +135,7 @@ def _adaptable_recipe(source: Path) -> Recipe:
     if recipe is None:
         raise UsageError(f"{source}: not a checkpoint that lrquant wrote (a folder with recipe.yaml)")
     if not (recipe.let or recipe.lwc or recipe.rotation_vectors):
-        raise UsageError(f"{source}: method {recipe.method} has nothing to learn, so nothing to adapt")
+        raise UsageError(f"{source}: method {recipe.method} learns nothing, so there is nothing to adapt")
     return recipe
 
 
@@ -185,7 +184,7 @@ def _present(loaded: Any, original: Original, blocks: str) -> Present:
 
 
 def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: Original) -> None:
-    """The checkpoint `source` with the blocks that answer better, beside what was done."""
+    """Write the checkpoint `source` with the improved blocks, and the record of what was done."""
     scheme, paths = result.recipe.stored_scheme, result.block_paths
     better = [record.index for record in result.records if record.outcome != "kept present"]
     tensors = {
@@ -232,7 +231,7 @@ def adaptation_samples(tokenizer: Any, data: str, seqlen: int, *, most: int) -> 
     ids = evaluation_ids(tokenizer, data)
     rows = ids[: len(ids) // seqlen * seqlen].view(-1, 1, seqlen)
     if len(rows) == 0:
-        raise UsageError(f"{data}: {len(ids)} tokens are less than one window of {seqlen}")
+        raise UsageError(f"{data}: {len(ids)} tokens are fewer than one window of {seqlen}")
     return list(rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()])
 
 
@@ -267,7 +266,7 @@ def static_scales_of(block: nn.Module) -> dict[str, Tensor]:
 def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
     """Copy the files of a checkpoint; tensors named in `tensors` are replaced, all else stays byte for byte.
 
-    The report is left behind: it tells of another run.
+    The report is not copied, because it describes another run.
     """
     left = dict(tensors)
     for path in sorted(source.rglob("*")):
@@ -286,13 +285,13 @@ def copy_with_replacements(source: Path, target: Path, tensors: Mapping[str, Ten
                 for name in replaced:
                     new = left.pop(name)
                     if new.shape != content[name].shape or new.dtype != content[name].dtype:
-                        raise LrquantError(f"{source}: {name} is not laid out as this lrquant lays it out")
+                        raise LrquantError(f"{source}: {name} has a layout that this version of lrquant does not know")
                     content[name] = new.contiguous()
                 save_file(content, copy, metadata)
                 continue
         shutil.copyfile(path, copy)
     if left:
-        raise LrquantError(f"{source}: the checkpoint has no {next(iter(left))}; it is not laid out as lrquant does")
+        raise LrquantError(f"{source}: the checkpoint has no {next(iter(left))}; its layout is not one of lrquant's")
 
 
 def _extend_card(card: Path, recipe: Recipe, chosen: Sequence[int], *, reference: str) -> None:

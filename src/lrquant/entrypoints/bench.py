@@ -1,4 +1,4 @@
-"""Checkpoints beside each other, in every program that is installed: how fast, how large."""
+"""Compare the speed and size of checkpoints in every installed program."""
 
 import json
 import os
@@ -36,14 +36,14 @@ def bench(
     threads: int | None = None,
     callback: Callable[[str], None] = lambda line: None,
 ) -> list[Measured]:
-    """Load each of `paths` in each of `programs`, read a prompt and generate, each in a process of its own.
+    """Load each of `paths` in each of `programs`, process a prompt and generate, each time in a separate process.
 
     Args:
         paths: folders of checkpoints, quantized or not, or `zoo:NAME`.
         programs: `transformers`, `llama.cpp` (which gets a GGUF), `vllm`; None: those that are installed.
-        prompt, new: how many tokens are read at once, and how many generated.
+        prompt, new: the number of tokens in the prompt, and of generated ones.
         threads: of the CPU; None: all.
-        callback: is told in a line what is measured next.
+        callback: receives a line that says what is measured next.
 
     Raises:
         UsageError: no such program, or it is not installed; a path is no checkpoint.
@@ -66,7 +66,7 @@ def bench(
 def _folder(path: str) -> str:
     folder = resolve_model(path)
     if not Path(folder).is_dir():
-        raise UsageError(f"{path}: not a folder; name a checkpoint that is here")
+        raise UsageError(f"{path}: not a folder; give a local checkpoint")
     return folder
 
 

@@ -1,14 +1,14 @@
-"""What a run will cost, before anything is spent: sizes from the model's skeleton, time and memory from one block.
+"""Estimate a run: sizes from the model without its weights, time and memory from a trial of one block.
 
-One step's worth of samples goes through the first block of every stage, by the engine itself and with the recipe's
-real batch and length, for a few steps. What a block costs follows from that:
+The engine learns the first block of every stage for a few steps, on the samples of one step, with the recipe's batch
+size and sequence length. The cost of a block follows from that:
 
     seconds per block = steps · step + passes · pass + what is left (reading, freezing, packing), once
     peak memory       = this process's peak after the trial + the hidden states of the samples that were not tried
 
 `pass` is one forward pass over a sample. Each sample makes two of them, three with two branches, and up to 32 samples
-are measured before and after learning. Nothing is written. Where bits are to be divided among linears, the budget
-stands for what they will be, and the pass that measures them is not counted.
+are measured before and after learning. Nothing is written. With mixed precision, the budget is used in place of each
+linear's bits, and the pass that measures errors is not counted.
 """
 
 import time
@@ -76,9 +76,9 @@ def estimate(
     ranks: int = 1,
     save_dir: str | Path | None = None,
 ) -> Estimate:
-    """What `quantize` of `model` by `recipe` will read, write, hold and take; per process, where `ranks` share the run.
+    """Size, memory and time of `quantize` with `model` and `recipe`; per process, if `ranks` share the run.
 
-    Nothing is written, to `save_dir` neither.
+    Nothing is written, not even to `save_dir`.
 
     Raises:
         UsageError, LrquantError: as `quantize` would.
@@ -121,7 +121,7 @@ def _tried(prepared: PreparedRun, ranks: int) -> PreparedRun:
 
 @dataclass
 class _Extrapolation:
-    """From the first block of every stage to all of them, and from a few samples to all; made before the trial.
+    """Extrapolates from the first block of every stage to all blocks, and from a few samples to all.
 
     Args:
         mine: samples of one process.
@@ -201,7 +201,7 @@ class _Extrapolation:
 
 
 class _InMemory(ActivationStore):
-    """Lets the real store decide where its streams would be, and keeps the trial's in memory."""
+    """Asks the real cache where the streams would be kept, and keeps those of the trial in memory."""
 
     def __init__(self, real: ActivationStore, device: torch.device) -> None:
         super().__init__("host", device, Path(), 1, 1)
@@ -258,7 +258,7 @@ class _Clock(Callback):
 
 
 class _Trial(Journal):
-    """Only the blocks `firsts` are to be done; counts the bytes that a journal on disk would write of them."""
+    """Reconstructs only the blocks `firsts`, and counts the bytes that a journal on disk would write for them."""
 
     keeps_frozen = True
 

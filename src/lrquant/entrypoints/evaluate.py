@@ -1,4 +1,4 @@
-"""The verbs that measure: `evaluate` on text, `evaluate_images` and `evaluate_answers` on pictures."""
+"""Measuring models: `evaluate` on text, `evaluate_images` and `evaluate_answers` on images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,12 +37,12 @@ PICTURES = 1000  # that are looked at unless a limit is given
 
 
 class Measuring(TypedDict, total=False):
-    """How a model is measured, and who hears of it.
+    """Options of all functions that measure a model.
 
     device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
     dtype: `auto` (float32 on CPUs, else bfloat16), `float32` or `bfloat16`; of a model by name.
     trust_remote_code: whether code that comes with the model may run; False unless given.
-    callback: hears of progress, (just done, of how many).
+    callback: is called with (number done just now, total) as the measurement progresses.
     """
 
     device: str
@@ -67,12 +67,12 @@ def evaluate(
 
         perplexity = exp of the mean over windows of −log p(token | those before it), over seqlen − 1 predictions each
 
-    A quantized checkpoint of lrquant's is evaluated with everything quantized, attention inputs included. Under
-    `torchrun` every rank makes the same call and takes its share of the windows; all get the values.
+    A checkpoint written by lrquant is evaluated with everything quantized, including attention inputs. Under
+    `torchrun`, every rank makes the same call and evaluates its share of the windows; all ranks receive the results.
 
     Args:
         model_or_path: a name or folder, or a model in memory, with its `tokenizer`.
-        limit_windows: at most so many windows of each text, from its start.
+        limit_windows: the largest number of windows of each text, from its start.
         how: `Measuring`.
 
     Raises:
@@ -100,7 +100,7 @@ def _masked(ready: "_Ready", texts: Sequence[str], seqlen: int, *, limit: int | 
     """Perplexity of masked tokens, where the model has a head for them."""
     if not fills_in_masks(ready.model):
         raise UsageError(
-            f"{type(ready.model).__name__} predicts no tokens, so it has no perplexity: compare its embeddings "
+            f"{type(ready.model).__name__} predicts no tokens, so it has no perplexity; compare its embeddings "
             f"with the original's (lrquant.entrypoints.evaluate.evaluate_embeddings)"
         )
     ready.to_device()
@@ -127,11 +127,13 @@ def evaluate_embeddings(
     tokenizer: Any = None,
     **how: Unpack[Measuring],
 ) -> dict[str, EmbeddingQuality]:
-    """How near a model's sentence embeddings are to those of its `original`, on up to `limit` paragraphs (200) of each
-    of `sources`: texts as in `evaluate`. Embeddings are means of last hidden states. `how` as in `evaluate`.
+    """Compare a model's sentence embeddings, means of last hidden states, with those of its `original`.
+
+    They are measured on up to `limit` paragraphs (200) of each of `sources`, which are texts as in `evaluate`; `how` is
+    as there, too.
 
     Raises:
-        UsageError: one of them is no encoder of text, or a text cannot be found.
+        UsageError: one of the models is not a text encoder, or a text cannot be found.
     """
     chosen = {source: sentences(source, limit or SENTENCES) for source in sources}
     found: list[dict[str, torch.Tensor]] = []
@@ -154,8 +156,9 @@ def compare_predictions(
     tokenizer: Any = None,
     **how: Unpack[Measuring],
 ) -> dict[str, Agreement]:
-    """KL divergence of a model's predictions from those of its `original`, and how often both predict the same token,
-    on each of `texts`; windows and arguments as in `evaluate`. Both models are in memory at once.
+    """KL divergence between a model's predictions and those of its `original`, and how often the top tokens agree.
+
+    Windows and arguments are as in `evaluate`. Both models are in memory at the same time.
 
     Raises:
         UsageError: a model does not take text, a text cannot be found, or the vocabularies differ.
@@ -193,11 +196,13 @@ def evaluate_images(
     processor: Any = None,
     **how: Unpack[Measuring],
 ) -> dict[str, ImageAccuracy]:
-    """Top-1 and top-5 accuracy of an image classifier on each of `sources`: a folder with a subfolder per class,
-    a data set on the hub, or `zoo:shapes`; up to `limit` pictures of each (1000). `how` as in `evaluate`.
+    """Top-1 and top-5 accuracy of an image classifier on each of `sources`.
+
+    A source is a folder with one subfolder per class, a data set on the hub, or `zoo:shapes`. At most `limit` images of
+    each are used (1000). `how` is as in `evaluate`.
 
     Raises:
-        UsageError: the model does not take pictures, or a source cannot be found.
+        UsageError: the model does not take images, or a source cannot be found.
     """
     chosen = partial(pictures, train=False, limit=limit or PICTURES)
     with _ready(model_or_path, processor, how) as ready:
@@ -213,11 +218,13 @@ def evaluate_answers(
     processor: Any = None,
     **how: Unpack[Measuring],
 ) -> dict[str, AnswerQuality]:
-    """Exact match and answer perplexity of a multimodal model on each of `sources`: `zoo:shapes-vqa`, or a .jsonl
-    file of questions with answers; up to `limit` questions of each (all of a file). `how` as in `evaluate`.
+    """Exact match and answer perplexity of a multimodal model on each of `sources`.
+
+    A source is `zoo:shapes-vqa`, or a .jsonl file of questions with answers. At most `limit` questions of each are used
+    (all of a file). `how` is as in `evaluate`.
 
     Raises:
-        UsageError: the model does not take pictures with text, or a source cannot be found.
+        UsageError: the model does not take images with text, or a source cannot be found.
     """
     chosen = partial(dialogues, train=False, limit=limit)
     with _ready(model_or_path, processor, how) as ready:

@@ -1,4 +1,4 @@
-"""What a user should know of a result's experts: how they are stored, and which of them calibration hardly reached."""
+"""Notes on the experts of a result: how they are stored, and which of them saw few calibration tokens."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ def expert_notes(result: Reconstruction) -> list[str]:
     notes = []
     if result.own_layout:
         notes.append(
-            "Some linears are fused or transposed in the model's own code, where plain transformers cannot unpack this "
-            "format: the checkpoint loads only after `import lrquant`. Of most families, experts with symmetric "
-            "weight-only integers load without."
+            "The model's code fuses or transposes some linears, and plain transformers cannot unpack this format for "
+            "them: the checkpoint loads only after `import lrquant`. In most families, experts with symmetric "
+            "weight-only integers load without it."
         )
     seen = {
         f"{path}.{expert}": tokens
@@ -26,9 +26,7 @@ def expert_notes(result: Reconstruction) -> list[str]:
     few = [expert for expert, tokens in seen.items() if 0 < tokens < FEW]
     for experts, what in ((none, "no calibration token"), (few, f"fewer than {FEW} calibration tokens")):
         if experts:
-            notes.append(
-                f"{len(experts)} of {len(seen)} experts saw {what} ({_shortened(experts)}); take more samples."
-            )
+            notes.append(f"{len(experts)} of {len(seen)} experts saw {what} ({_shortened(experts)}); use more samples.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""What quantize, adapt and the dry run begin with: a model, a resolved recipe and samples that go together.
+"""The common start of quantize, adapt and the dry run: a model, a resolved recipe and matching samples.
 
 open      the machine, the original in its precision, with its blocks in memory or on disk
 sample    keyword arguments of calls, from the recipe's source or from token ids
@@ -39,9 +39,9 @@ from lrquant.runtime.profile import timed
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A model, a recipe and samples that go together: nothing is left to be chosen, and all is checked.
+    """A model, a resolved recipe and samples that match, with all checks done.
 
-    Its memory is the model's; nothing of the model has been changed.
+    It takes no memory besides the model, which is still unchanged.
     """
 
     original: Original
@@ -52,7 +52,7 @@ class PreparedRun:
 
     @property
     def streams(self) -> int:
-        """How many streams of hidden states there are at once; a window looks ahead in both."""
+        """The number of streams of hidden states held at the same time; a window of blocks needs two more."""
         return 2 + self.recipe.two_branch + 2 * (self.recipe.window > 1)
 
     @cached_property
@@ -73,17 +73,17 @@ class PreparedRun:
         return [*notes, *self.original.notes]
 
     def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:
-        """Where this rank's streams wait; `samples`: how many there are, if not all of its share."""
+        """The cache for this rank's streams; `samples`: their number, if not all of its share."""
         share = len(self.machine.ranks.share(self.samples)) if samples is None else samples
         return ActivationStore(activations, self.machine.device, folder, share, self.streams, local_world())
 
     def run(self, cache: ActivationStore, **services: Any) -> Run:
-        """The run that is prepared here; `services` are `Run`'s: a journal, a callback, providers."""
+        """The prepared run; `services` are arguments of `Run`: a journal, a callback, providers."""
         given = {"keeps_blocks": self.keeps_blocks} | services
         return Run(self.original, self.recipe, self.samples, self.machine, cache, **given)
 
     def advising(self, cache: ActivationStore) -> Any:
-        """Within, running out of memory is an error of one line that names the knobs that help."""
+        """A context in which running out of memory becomes a one-line error that names the options that help."""
         recipe, dtype = self.recipe, self.machine.dtype
         return advised(lambda: knobs(recipe.batch_size, recipe.seqlen, cache.where, dtype=dtype))
 
@@ -109,13 +109,13 @@ def prepare(
     processor: Any = None,
     trust_remote_code: bool = False,
 ) -> PreparedRun:
-    """Open the model, take the samples, resolve the recipe, and check that they go together.
+    """Open the model, take the samples, resolve the recipe, and check that they match.
 
     Args:
         model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model.
         calibration: a source by name or path, or token ids, (1, tokens) each; None: the recipe's.
-        in_memory: whether the quantized model is to be left in memory. If not, blocks of a model by name stay on disk
-            until their turn, where the model and the recipe's passes allow it.
+        in_memory: whether to keep the quantized model in memory. If not, the blocks of a model given by name stay on
+            disk until they are needed, if the model and the recipe's passes allow it.
 
     Raises:
         UsageError, LrquantError: one line each; nothing has been changed or written.
@@ -182,7 +182,7 @@ def check_tokens(original: Original, samples: Sequence[dict[str, Any]]) -> None:
 
 
 def check_format(original: Original, recipe: Recipe) -> None:
-    """Raise unless most of the model's blocks is understood, and a checkpoint can hold it in the recipe's format.
+    """Raise unless most of the model's blocks can be quantized, and a checkpoint can store them in the recipe's format.
 
     Raises:
         UsageError: it names the module and the remedy.
@@ -195,7 +195,7 @@ def check_format(original: Original, recipe: Recipe) -> None:
 
 
 def check_result(prepared: PreparedRun) -> None:
-    """Raise unless plain transformers will load what the run is about to make: nothing is computed for that.
+    """Raise unless plain transformers will be able to load the result, without computing anything.
 
     Raises:
         UsageError: it will not.

@@ -1,4 +1,4 @@
-"""The verb `quantize`."""
+"""The function `quantize`: runs a recipe on a model and writes the checkpoint."""
 
 import itertools
 import json
@@ -51,17 +51,17 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 
 class Options(TypedDict, total=False):
-    """How `quantize` carries out a recipe. None of it changes the result but `statistics` and `start_from`.
+    """How `quantize` runs a recipe. Only `statistics` and `start_from` change the result.
 
     tokenizer: of a model in memory, or its processor; not needed where `calibration` is token ids.
     device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
     trust_remote_code: whether code that comes with the model may run; False unless given.
-    activations: where hidden states wait: `device`, `host`, `disk`, or `auto`.
+    activations: where hidden states are kept: `device`, `host`, `disk`, or `auto`.
     keep_model: leave the quantized model in memory; None: only when it is not saved. Otherwise `Quantized.model` loads
         it from `save_dir` when it is asked for, and `Quantized.result.learned` has no offsets of learned rounding,
         which are as large as the model.
-    restart: throw away what an interrupted run left beside `save_dir`; else this one goes on from it.
-    report: leave `report.html` in `save_dir`; the command line always does, with what it measures besides.
+    restart: discard an interrupted run of `save_dir` instead of resuming it.
+    report: write `report.html` to `save_dir`; the command line does so by default, and adds its measurements.
     statistics: channel statistics of an earlier run (`Quantized.result.statistics`) to start smoothing from.
     start_from: learned parameters of an earlier run (`Quantized.result.learned`), one mapping per block, in place of
         the initial transformation; with `epochs` 0 they are used as they are.
@@ -87,7 +87,7 @@ def quantize(
     callback: Callback | None = None,
     **options: Unpack[Options],
 ) -> Quantized:
-    """Quantize a language, vision or multimodal model, block by block, and save it when `save_dir` is given.
+    """Quantize a language, vision or multimodal model, block by block, and save it if `save_dir` is given.
 
     >>> lrquant.quantize("zoo:llama", lrquant.Recipe.preset("lrquant", wbits=4, abits=4,
     ...                  calibration="zoo:pydoc", nsamples=32, seqlen=256), save_dir="llama-w4a4")
@@ -95,16 +95,16 @@ def quantize(
     Args:
         model_or_path: a hub name, a local folder, `zoo:NAME`, or a transformers model, which is changed in place.
         recipe: a `Recipe` or a preset's name.
-        calibration: text, pictures or dialogues by name or path, or token ids, (1, tokens) each; None: the recipe's.
-        callback: hears of progress (`lrquant.reconstruction.callbacks`).
+        calibration: text, images or dialogues by name or path, or token ids, (1, tokens) each; None: the recipe's.
+        callback: is called as the run progresses (`lrquant.reconstruction.callbacks`).
         options: `Options`.
 
     Raises:
-        UsageError, LrquantError: one line each. `save_dir` appears whole or not at all; finished blocks are kept
-            in a hidden folder beside it until it does.
+        UsageError, LrquantError: one line each. `save_dir` appears complete or not at all; until then, finished blocks
+            are kept in a hidden folder beside it.
 
-    Under `torchrun` every rank makes the same call and they share the work (`lrquant.runtime.distributed`); the first
-    writes.
+    Under `torchrun`, every rank makes the same call. The ranks share the work (`lrquant.runtime.distributed`), and the
+    first one writes the result.
     """
     began, memory = time.perf_counter(), PeakMemory()
     _check_options(options)
@@ -159,7 +159,7 @@ def _check_options(options: Options) -> None:
 
 
 def _carried_out(prepared: PreparedRun, writing: "_Writing", *, callback: Callback, options: Options) -> Reconstruction:
-    """The run itself; a model that stays in memory computes then as its checkpoint will."""
+    """Run the passes. A model that stays in memory then computes as its checkpoint will."""
     cache = prepared.cache(options.get("activations", "auto"), writing.folder)
     learn, blocks = Learn(options.get("statistics"), options.get("start_from")), len(prepared.original.places)
     if learn.start_from is not None and len(learn.start_from) != blocks:
@@ -175,7 +175,7 @@ def _carried_out(prepared: PreparedRun, writing: "_Writing", *, callback: Callba
 
 
 class _Writing:
-    """What is written of a run: finished blocks while it goes on, and at its end the checkpoint.
+    """Writes the files of a run: finished blocks during the run, and the checkpoint at its end.
 
     Args:
         target: the save directory; None: nothing is written.
@@ -189,26 +189,26 @@ class _Writing:
 
     @property
     def folder(self) -> Path:
-        """Where files may lie while the run goes on."""
+        """The folder for files during the run."""
         found = run_folder(self._target) if self._target is not None else None
         return found if found is not None and found.is_dir() else Path(tempfile.gettempdir())
 
     @property
     def journal(self) -> Journal:
-        """What remembers finished blocks: on disk where the result is saved, for all ranks."""
+        """The journal of finished blocks: on disk if the result is saved, for all ranks."""
         own, ranks = self._disk or Journal(), self._prepared.machine.ranks
         return own if ranks.alone or self._target is None else SharedJournal(own, ranks)
 
     @property
     def damaged(self) -> list[str]:
-        """What was found damaged of an earlier run, in words."""
+        """Describes the damaged files of an earlier run."""
         return self._disk.damaged if self._disk is not None else []
 
     def claim(self, model_or_path: Any, options: Options) -> None:
-        """Take the run's folder for this run.
+        """Claim the run's folder for this run.
 
         Raises:
-            UsageError: an unfinished run of something else is there, or this rank was given something else.
+            UsageError: another unfinished run is there, or this rank has other arguments.
         """
         if self._target is None:
             return
@@ -228,7 +228,7 @@ class _Writing:
 
     @timed("write")
     def save(self, result: Reconstruction) -> Sizes:
-        """Put the checkpoint in its place, unless it is there; returns what it takes, or would take, on disk."""
+        """Write the checkpoint, unless it exists already; returns its size on disk, or the size that it would have."""
         original, ranks = self._prepared.original, self._prepared.machine.ranks
         if self._target is None:
             return sizes_in_memory(original.model, result, result.recipe.stored_scheme, original.storage_dtype)
@@ -240,11 +240,11 @@ class _Writing:
 
 
 def check_agreed(identity: dict[str, str], ranks: Ranks) -> None:
-    """Raise on a rank that was given something else than the first one."""
+    """Raise on a rank whose arguments differ from those of the first one."""
     theirs = json.loads(ranks.text(json.dumps(identity)))
     changed = difference(theirs, identity)
     if changed:
-        raise UsageError(f"rank {ranks.rank} was not given what the first rank was: {changed}")
+        raise UsageError(f"rank {ranks.rank} has other arguments than the first rank: {changed}")
 
 
 def _saved(

@@ -1,4 +1,4 @@
-"""From a finished run to its report: what `quantize`, `adapt` and the command line leave beside a result."""
+"""The report of a finished run, written by `quantize`, `adapt` and the command line."""
 
 import platform
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def perplexity_metrics(before: dict[str, Perplexity], after: dict[str, Perplexit
 
 @dataclass(frozen=True)
 class Subject:
-    """What a report is about: a model by name, how it was called for, and where it ran."""
+    """The subject of a report: the model's name, the command, and the device."""
 
     model: str
     command: str
@@ -95,7 +95,7 @@ def report_adapted(adapted: Adapted, observer: Observer, subject: Subject, *, me
             recipe=recipe.model_dump(mode="json") | {"calibration": public_name(recipe.calibration)},
             seconds=adapted.seconds,
             metrics=list(metrics),
-            notes=[f"Adapted blocks: {', '.join(map(str, adapted.blocks))}; every other block is the checkpoint's."],
+            notes=[f"Adapted blocks: {', '.join(map(str, adapted.blocks))}; all other blocks are unchanged."],
             **_circumstances(observer, subject.device),
         ),
     )

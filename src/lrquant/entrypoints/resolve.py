@@ -1,4 +1,4 @@
-"""A recipe with nothing left to be chosen: what it leaves to the model and the machine is decided once, here.
+"""Resolve a recipe: everything that it leaves to the model and the machine is decided here, once.
 
 | field | decided from |
 |---|---|
@@ -35,9 +35,10 @@ ACTIVATIONS_PER_TOKEN = 8  # activations of a block per token, in multiples of t
 def resolve(
     recipe: Recipe, original: Original, machine: Machine, *, samples: Sequence[dict[str, Any]], given: TokenIds | None
 ) -> Recipe:
-    """`recipe` as it will be carried out on `original`: what is saved beside the result and reproduces it.
+    """Resolve `recipe` for `original`. The resolved recipe is saved beside the result and reproduces it.
 
-    Every rank comes to the first one's. `given`: what `samples` are made of, where the recipe's own source is not read.
+    All ranks use the result of the first one. `given`: the token ids behind `samples`, if they do not come from the
+    recipe's own source.
 
     Raises:
         UsageError: it asks for kernels that this PyTorch cannot compile exactly.
@@ -57,15 +58,15 @@ def resolve(
 
 
 def resolve_kernels(recipe: Recipe, original: Original, machine: Machine, *, samples: Sequence[dict[str, Any]]) -> str:
-    """How fake quantization runs: as the recipe says, or what is soonest done here.
+    """The kernels of fake quantization: those of the recipe, or the fastest here.
 
     Raises:
         UsageError: kernels are asked for that this PyTorch cannot compile exactly.
     """
     if recipe.kernels == "compiled" and not COMPILES_EXACTLY:
         raise UsageError(
-            f"kernels = compiled: PyTorch {torch.__version__} loses roundings when it compiles; it takes PyTorch 2.13, "
-            f"or leave the kernels to lrquant"
+            f"kernels = compiled: PyTorch {torch.__version__} loses roundings when it compiles; install PyTorch 2.13, "
+            f"or leave kernels out"
         )
     if recipe.kernels != "auto":
         return recipe.kernels
@@ -79,7 +80,7 @@ def resolve_kernels(recipe: Recipe, original: Original, machine: Machine, *, sam
 
 
 def values_of_all_steps(recipe: Recipe, original: Original, *, samples: Sequence[dict[str, Any]]) -> float:
-    """Weights and activations that a run's steps go through, about."""
+    """Roughly how many weights and activations a run's steps process."""
     blocks = [block for stage in original.stages for block in stage.blocks(original.model)]
     tokens = tokens_of(original.model, original.stages[0].blocks(original.model), samples[0])
     weights = sum(parameter.numel() for block in blocks for parameter in block.parameters() if parameter.ndim > 1)

@@ -1,4 +1,4 @@
-"""What the verbs answer with: a quantized model or an adapted checkpoint, how it came about, and what to know of it."""
+"""Return values of `quantize` and `adapt`: the model or checkpoint, records of the run, and notes."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from lrquant.reconstruction.result import Reconstruction
 
 @dataclass
 class Quantized:
-    """A quantized model in memory, and how it came about."""
+    """A quantized model and the records of its run."""
 
     _model: Callable[[], Any]
     tokenizer: Any  # an image model's processor, a multimodal model's processor
@@ -37,7 +37,7 @@ class Quantized:
 
     @cached_property
     def model(self) -> Any:
-        """The quantized model: the one changed in place, or the saved checkpoint, loaded when it is asked for."""
+        """The quantized model: the one changed in place, or the saved checkpoint, loaded on first access."""
         return self._model()
 
     @property
@@ -47,7 +47,7 @@ class Quantized:
 
 @dataclass
 class Adapted:
-    """An adapted checkpoint, and how it came about."""
+    """An adapted checkpoint and the records of its adaptation."""
 
     saved_to: Path
     recipe: Recipe  # how the chosen blocks were learned
@@ -72,54 +72,54 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
 
 
 def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list[str]:
-    """What a user should know of this result besides its numbers."""
+    """Notes for the user about this result."""
     notes = found_notes(original.family.name, original.stages) if recipe.let else []
     if recipe.scheme.attention and not result.attention_quantized:
         notes.append("This family's attention cannot be quantized: queries, keys and values stay in floating point.")
     if recipe.scheme.kv_cache:
-        notes.append(
-            "The key-value cache is quantized by vLLM and lrquant.load; plain transformers may leave it alone."
-        )
+        notes.append("vLLM and lrquant.load quantize the key-value cache; plain transformers may not.")
     if recipe.scheme.attention and result.attention_quantized:
         notes.append(
-            "Queries, keys and values are quantized by lrquant.load; plain transformers leaves them in floating point."
+            "lrquant.load quantizes queries, keys and values; plain transformers leaves them in floating point."
         )
     if result.added_biases:
-        notes.append("The shift needs biases that this family lacks: the checkpoint loads only after `import lrquant`.")
+        notes.append(
+            "The shift needs biases that this family does not have: the checkpoint loads only after `import lrquant`."
+        )
     if result.rotated.online:
         notes.append("Inputs are transformed at run time: the checkpoint loads only after `import lrquant`.")
     notes += expert_notes(result)
     notes += result.rotated.notes
     if recipe.dense:
         notes.append(
-            f"Rotations of rank {recipe.rotation_rank} fold into no scale: the checkpoint holds the rounded weights "
-            "dense, in floating point, and saves no space. It is for research."
+            f"Rotations of rank {recipe.rotation_rank} do not fold into scales: the checkpoint stores the rounded "
+            "weights dense, in floating point, and saves no space. This is a research option."
         )
     if recipe.layer_bits:
         counts = Counter(recipe.layer_bits.values())
         spread = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))
-        notes.append(f"Bits of the linears follow from measured errors: {spread} bits; recipe.yaml names each.")
+        notes.append(f"Bits of each linear were chosen by measured errors: {spread} bits; recipe.yaml lists them.")
     if result.tuning is not None:
         before, after = result.tuning.initial_loss, result.tuning.final_loss
         notes.append(
-            f"At last, scales and norms were learned for the whole model: its divergence from the original went from "
-            f"{before:.4g} to {after:.4g} nats a token."
+            f"End-to-end tuning of scales and norms: the divergence from the original went from "
+            f"{before:.4g} to {after:.4g} nats per token."
         )
     elif recipe.tuning_epochs:
-        notes.append("The model answers without logits: it was not tuned as a whole.")
+        notes.append("The model has no logits, so end-to-end tuning was skipped.")
     if result.zero:
-        notes.append(f"Zero throughout in the source, and so in the result: {', '.join(result.zero)}.")
+        notes.append(f"All zero in the original, and so in the result: {', '.join(result.zero)}.")
     undone = [record.index for record in result.records if record.outcome == "kept initial"]
     if undone:
-        notes.append(f"Learning did not help blocks {', '.join(map(str, undone))}: they stayed at their start.")
+        notes.append(f"Learning did not help blocks {', '.join(map(str, undone))}: they keep their initial values.")
     recovered = [record.index for record in result.records if record.recoveries]
     if recovered:
-        notes.append(f"Blocks {', '.join(map(str, recovered))} met a non-finite loss and were set back.")
+        notes.append(f"Blocks {', '.join(map(str, recovered))} had a non-finite loss and returned to their best state.")
     stopped = [record for record in result.records if record.epochs_left]
     if stopped:
         epochs = sum(record.epochs_left for record in stopped)
         notes.append(
-            f"The loss flattened early in {len(stopped)} of {len(result.records)} blocks: {epochs} epochs were left "
-            f"out, about {sum(record.seconds_saved for record in stopped):.0f} s."
+            f"The loss converged early in {len(stopped)} of {len(result.records)} blocks: {epochs} epochs were "
+            f"skipped, which saved about {sum(record.seconds_saved for record in stopped):.0f} s."
         )
     return notes

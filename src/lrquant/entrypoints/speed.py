@@ -112,7 +112,7 @@ def _llama_cpp(work: Work) -> Speed:
             asked = {"prompt": ids, "n_predict": count, "temperature": 0.0, "cache_prompt": True, "ignore_eos": True}
             answer = server.handle_completions(asked)
             if "choices" not in answer:
-                raise UsageError(f"{work.path}: llama.cpp refuses the work ({answer})")
+                raise UsageError(f"{work.path}: llama.cpp failed ({answer})")
 
         loaded = clock.lap()[0]
         complete(1)

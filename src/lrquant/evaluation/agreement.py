@@ -57,7 +57,8 @@ def agreement(
         ours, theirs = (each(input_ids=row, use_cache=False).logits[:, :-1] for each in (model, original))
         if ours.shape != theirs.shape:
             raise UsageError(
-                f"vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens: a model is compared with its original"
+                f"the vocabularies have {ours.shape[-1]} and {theirs.shape[-1]} tokens; "
+                f"compare a model with its original"
             )
         same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
         found.append([float(divergence(ours, theirs)), float(same)])

@@ -43,7 +43,9 @@ def answer_quality(
     right, tokens, likelihood = 0, 0, 0.0
     for dialogue in chosen:
         if dialogue.answer is None:
-            raise UsageError("a question has no answer to compare with; give answer, or end with the assistant's turn")
+            raise UsageError(
+                "a question has no reference answer; give answer, or end the conversation with the assistant's turn"
+            )
         image = dialogue.load()
         question = prompt(processor, dialogue.turns[:-1], answer_next=True)
         inputs = _moved(dialogue_inputs(processor, image, question), model)

@@ -35,7 +35,7 @@ def image_accuracy(
     """
     labels = torch.tensor([class_index(picture.label, model.config) for picture in chosen])
     if not any(name.endswith("classifier") for name, _ in model.named_children()):
-        raise UsageError("this model has no classifier; accuracy needs one")
+        raise UsageError("this model has no classifier, which accuracy needs")
     device = next(model.parameters()).device
     top1 = top5 = 0
     loss = 0.0
@@ -54,14 +54,14 @@ def image_accuracy(
 def class_index(label: int | str | None, config: Any) -> int:
     """The model's number of a class."""
     if label is None:
-        raise UsageError("a picture has no class: put the pictures of each class into a folder with its name")
+        raise UsageError("an image has no class: put the images of each class into a folder named after it")
     if isinstance(label, str):
         known = config.label2id
         index = known.get(label, int(label) if label.isdigit() else None)
         if index is None:
             some = ", ".join(list(known)[:6]) + (", …" if len(known) > 6 else "")
-            raise UsageError(f"folder {label!r} is none of the model's {len(known)} classes ({some})")
+            raise UsageError(f"folder {label!r} is not one of the model's {len(known)} classes ({some})")
         label = int(index)
     if label >= config.num_labels:
-        raise UsageError(f"class {label}: the model knows {config.num_labels} classes")
+        raise UsageError(f"class {label}: the model has {config.num_labels} classes")
     return label

@@ -32,7 +32,7 @@ def masked_perplexity(
         UsageError: the text is shorter than one window, or the tokenizer has no mask.
     """
     if tokenizer.mask_token_id is None:
-        raise UsageError("the tokenizer has no mask token, which this model would fill in")
+        raise UsageError("the tokenizer has no mask token, which this model needs")
     width = room(tokenizer, seqlen)
     rows = ids[: len(ids) // width * width].view(-1, width)[:limit_windows]
     if len(rows) == 0:

@@ -50,7 +50,7 @@ def _manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UsageError("tasks are run by lm-eval, which is not installed: pip install 'lrquant[eval]'") from None
+        raise UsageError("tasks need lm-eval, which is not installed: pip install 'lrquant[eval]'") from None
     return TaskManager(include_path=str(ZOO_TASKS))
 
 
@@ -112,9 +112,9 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
         return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     if modality == "sentences":
-        raise UsageError("lm-eval's tasks ask a model to go on writing, and this one only reads")
+        raise UsageError("lm-eval's tasks need a model that generates text, and this one does not")
     if modality == "image":
-        raise UsageError("lm-eval's tasks are made of text, and this model takes image alone: use --images")
+        raise UsageError("lm-eval's tasks are text, and this model takes only images: use --images")
     from lm_eval.models.hf_vlms import HFMultimodalLM
 
     class Wrapped(HFMultimodalLM):

@@ -63,7 +63,7 @@ def _plain_configuration(folder: Path) -> dict[str, object]:
     quantization = values.pop("quantization_config", None) or {}
     if quantization.get("quant_method") == "lrquant":
         raise UsageError(
-            f"{folder}: needs lrquant to run (added biases, or inputs transformed at run time), which dense weights do "
-            "not hold; quantize with --shift off and without transforms at run time"
+            f"{folder}: needs lrquant to run (added biases, or inputs transformed at run time), which a dense "
+            "checkpoint cannot store; quantize with --shift off and without --rotate down"
         )
     return values

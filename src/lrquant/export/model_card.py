@@ -37,7 +37,7 @@ Quantized after training by [lrquant](https://pypi.org/project/lrquant/), method
 
 {serving}
 
-{attention}{dense}The whole recipe is in `recipe.yaml`.
+{attention}{dense}The complete recipe is in `recipe.yaml`.
 """
 
 _TASKS = {
@@ -94,7 +94,7 @@ def model_card(
     own = result.needs_lrquant
     loading = f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("PATH")'
     if own:
-        loading = "import lrquant  # teaches transformers what this checkpoint adds to its model\n" + loading
+        loading = "import lrquant  # registers the model class of this checkpoint with transformers\n" + loading
     if (
         auto == "AutoModelForImageTextToText"
         and "vision" in (recipe.towers or ())
@@ -104,16 +104,16 @@ def model_card(
     attention = ""
     if result.attention_quantized and recipe.scheme.attention:
         attention = (
-            f"Queries, keys and values were quantized to {recipe.abits} bits per token and head while this model was "
-            "calibrated. The checkpoint format has no such scheme, so plain transformers leaves them in floating "
-            '(slightly better, not slower); `lrquant.load("PATH")` quantizes them too.\n\n'
+            f"Queries, keys and values were quantized to {recipe.abits} bits per token and head during "
+            "calibration. The checkpoint format has no such scheme, so plain transformers leaves them in floating "
+            'point (slightly better, not slower); `lrquant.load("PATH")` quantizes them too.\n\n'
         )
     dense = ""
     if recipe.dense:
         dense = (
             f"Its weights were multiplied by learned rotations of rank {recipe.rotation_rank}, which no integer format "
-            "can hold: they are stored dense, in floating point, as the values they were rounded to. This checkpoint "
-            "shows what that would be worth; it saves no space.\n\n"
+            "can store. They are stored dense, in floating point, as the rounded values. This checkpoint is for "
+            "research and saves no space.\n\n"
         )
     metadata: dict[str, Any] = {"library_name": "transformers"}
     if _on_the_hub(base):  # the hub refuses a card whose base_model is none of its own
@@ -140,7 +140,7 @@ def model_card(
         metadata=yaml.safe_dump(metadata, sort_keys=False),
         base=base,
         format=recipe.format_name,
-        container="lrquant's own format over compressed-tensors" if own else packed,
+        container="lrquant's extension of compressed-tensors" if own else packed,
         method=recipe.method,
         bits=sizes.bits_per_weight,
         spread=_spread(recipe.layer_bits),

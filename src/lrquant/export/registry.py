@@ -35,16 +35,16 @@ def export(folder: str | Path, target: str | Path, to: str = "gguf", *, dtype: s
     folder, target = Path(folder), Path(target)
     exporter = EXPORTERS.get(to)
     if exporter is None:
-        raise UsageError(f"no exporter {to!r}: there are {', '.join(EXPORTERS)}")
+        raise UsageError(f"unknown exporter {to!r}: there are {', '.join(EXPORTERS)}")
     dtype = dtype or exporter.dtypes[0]
     if dtype not in exporter.dtypes:
         raise UsageError(f"dtype {dtype}: {to} has {', '.join(exporter.dtypes)}")
     if target.exists():
-        raise UsageError(f"{target}: exists already; name another")
+        raise UsageError(f"{target}: already exists; choose another name")
     if not target.absolute().parent.is_dir():
-        raise UsageError(f"{target}: there is no folder {target.parent}")
+        raise UsageError(f"{target}: the folder {target.parent} does not exist")
     return exporter.write(folder, target, dtype)
 
 
-register(Exporter("gguf", "llama.cpp's file of a whole model", export_gguf, ("f16", "bf16", "f32", "q8_0")))
-register(Exporter("dense", "a checkpoint in floating point, of the rounded weights", export_dense, tuple(DTYPES)))
+register(Exporter("gguf", "llama.cpp's model file", export_gguf, ("f16", "bf16", "f32", "q8_0")))
+register(Exporter("dense", "a floating-point checkpoint of the rounded weights", export_dense, tuple(DTYPES)))

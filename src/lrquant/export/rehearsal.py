@@ -117,8 +117,10 @@ def _check(
     wrong = {
         "lacks": set(found["missing_keys"]),
         # Scales of a quantized cache are for runtimes that have one; transformers has none from 5.24 on.
-        "has no place for": {key for key in found["unexpected_keys"] if not key.endswith(CACHE_SCALES)} - set(carried),
-        "wants another shape of": {str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]},
+        "does not expect": {key for key in found["unexpected_keys"] if not key.endswith(CACHE_SCALES)} - set(carried),
+        "expects another shape of": {
+            str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"]
+        },
     }
     for says, keys in wrong.items():
         if keys:

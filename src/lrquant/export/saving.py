@@ -41,11 +41,11 @@ def check_save_dir(save_dir: str | Path) -> Path:
     """Raise before any work is spent when `save_dir` cannot become the result."""
     path = Path(os.path.realpath(save_dir))
     if path.exists() and not path.is_dir():
-        raise UsageError(f"{path}: the save directory is a file; name another")
+        raise UsageError(f"{path}: the save directory is a file; choose another")
     if os.path.ismount(path):
-        raise UsageError(f"{path}: a mount point, which cannot be renamed; name a folder in it")
+        raise UsageError(f"{path}: a mount point, which cannot be renamed; choose a folder in it")
     if path.is_dir() and any(path.iterdir()):
-        raise UsageError(f"{path}: the save directory is not empty; name another or empty it")
+        raise UsageError(f"{path}: the save directory is not empty; choose another or empty it")
     ancestor = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     try:
         os.rmdir(tempfile.mkdtemp(dir=ancestor, prefix=".lrquant-"))

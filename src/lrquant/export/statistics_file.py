@@ -48,7 +48,7 @@ def load_statistics(*paths: Path) -> Statistics:
                 raise ValueError(f"tensor {name!r}")
             setattr(blocks.setdefault(int(block), {}).setdefault(linear, ChannelStatistics()), kind, tensor)
         if any(None in (seen.absmax, seen.midpoint) for block in blocks.values() for seen in block.values()):
-            raise ValueError("it holds maxima or midpoints alone: give both files")
+            raise ValueError("it holds only maxima or only midpoints: give both files")
         return [blocks[index] for index in range(len(blocks))]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: not a file of channel statistics ({str(error).splitlines()[0]})") from None

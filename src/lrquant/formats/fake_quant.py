@@ -114,7 +114,7 @@ def _in_blocks(weight: Tensor, factors: Factors, how: Rounding) -> tuple[Tensor,
     A last row of blocks that is not full is filled up with zeros, which change no range.
     """
     if factors.gain is not None:
-        raise ValueError("blocks of several rows share a scale, which holds no factor on each row")
+        raise ValueError("rows that share a scale cannot have a factor each")
     rows = _to_blocks(scaled(weight, factors, None).flatten(-2), how.format)
     offset = None if factors.offset is None else _to_blocks(factors.offset, how.format)
     size = how.format.group_rows * (how.format.group_size or weight.shape[1])

@@ -69,6 +69,7 @@ class Gradients(NamedTuple):
 
 
 def grouped(x: Tensor, group_size: int | None) -> Tensor:
+    """`x`, (…, columns), as (…, groups, group size); None: one group for the entire row."""
     return x.unflatten(-1, (-1, group_size or x.shape[-1]))
 
 
@@ -87,6 +88,7 @@ def extremes(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def range_of(low: Tensor, high: Tensor, factors: Factors, how: Rounding) -> Range:
+    """Scales and zero points for each group's minimum `low` and maximum `high`, (rows, groups, 1), after clipping."""
     low = low if factors.clip_low is None else low * factors.clip_low
     high = high if factors.clip_high is None else high * factors.clip_high
     return how.format.range(low, high, how.floor, how.scale_dtype, how.global_scale)

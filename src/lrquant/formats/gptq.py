@@ -78,4 +78,4 @@ def _inverse_factor(hessian: Tensor, dead: Tensor) -> Tensor:
             if not failed:
                 return upper
         damping *= 10
-    raise ValueError("no damping makes the inputs' second moments positive definite")
+    raise ValueError("the inputs' second moments are not positive definite, even with damping")

@@ -149,7 +149,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 return compiled(*arguments)
             except compat.compile_errors() as error:
                 works = False
-                _log.warning("torch.compile does not work here (%s): continuing without", str(error).splitlines()[0])
+                _log.warning("torch.compile does not work here (%s); continuing without it", str(error).splitlines()[0])
         return function(*arguments)
 
     return call

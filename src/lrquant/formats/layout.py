@@ -61,6 +61,7 @@ def _takes_bytes(scheme: Scheme) -> bool:
 
 
 def dequantized_on_load(scheme: Scheme) -> bool:
+    """Whether plain transformers dequantizes the weights when it loads them, instead of at the first call."""
     weights = _weights(scheme)
     if weights is None or scheme.inputs is not None or scheme.bits:  # on load there is one format for all
         return False
@@ -87,6 +88,7 @@ def checkpoint_dtype(scheme: Scheme, original: torch.dtype) -> torch.dtype:
 
 
 def pads_zero_points(scheme: Scheme, whole: bool = False) -> bool:
+    """Whether zero points are stored padded, because plain transformers unpacks them to a multiple of the pack size."""
     return (
         storage_format(scheme, whole) is CompressionFormat.pack_quantized
         and not dequantized_on_load(scheme)

@@ -50,7 +50,7 @@ class PowersOfTwo:
         return nearest_power_of_two(scale)
 
     def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
-        raise TypeError("there is no global scale here")
+        raise TypeError("this format has no global scale")
 
     def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         return scale

@@ -93,7 +93,7 @@ def know(*formats: NumberFormat) -> None:
     for own in formats:
         known = _ELEMENTS.setdefault((own.elements.kind, own.bits), own.elements)
         if known != own.elements:
-            raise UsageError(f"checkpoints describe {own.elements} and {known} alike")
+            raise UsageError(f"checkpoints cannot distinguish {own.elements} and {known}")
         if own.scales not in _SCALES:
             _SCALES.append(own.scales)
 
@@ -108,7 +108,7 @@ def format_of(args: QuantizationArgs) -> NumberFormat:
     scales = next((rule for rule in _SCALES if rule.describes(args)), None)
     if elements is None or scales is None:
         what = f"{args.type}{args.num_bits}, {args.strategy}" + (f" of {args.group_size}" if args.group_size else "")
-        raise UsageError(f"number format {what}: not known here; there are {', '.join(FORMATS)}")
+        raise UsageError(f"number format {what}: not known; there are {', '.join(FORMATS)}")
     return NumberFormat(elements, scales, *columns_and_rows(args))
 
 

@@ -48,7 +48,7 @@ class _Plain:
         return scale if dtype is None else scale.to(dtype).to(scale.dtype)
 
     def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
-        raise TypeError("there is no global scale here")
+        raise TypeError("this format has no global scale")
 
     def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         return scale

@@ -49,7 +49,7 @@ def auto_model(config: Any) -> Any:
         return getattr(transformers, named)
     if hasattr(transformers, architecture):
         kinds = ", ".join(auto.removeprefix("AutoModel") for auto in _AUTO if auto != "AutoModel")
-        raise UsageError(f"{architecture} is not supported: there are bare models, and those {kinds}")
+        raise UsageError(f"{architecture} is not supported: supported are models without a head, and those {kinds}")
     return transformers.AutoModel if not head else transformers.AutoModelForCausalLM
 
 

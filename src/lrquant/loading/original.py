@@ -122,4 +122,4 @@ def open_original(
 
 def _refuse_quantized(model: Any, name: str) -> None:
     if getattr(model.config, "quantization_config", None):
-        raise UsageError(f"{name}: already quantized; take the full-precision original")
+        raise UsageError(f"{name}: already quantized; use the full-precision original")

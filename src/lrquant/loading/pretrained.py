@@ -36,7 +36,7 @@ def resolve_model(name: str) -> str:
     if path.exists():
         raise UsageError(f"{name}: a model is a folder, not a file")
     if not _HUB_NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is neither an existing folder nor a model's name on the hub")
+        raise UsageError(f"{name!r} is neither an existing folder nor the name of a model on the hub")
     return name
 
 
@@ -134,6 +134,7 @@ def load_model(name: str, dtype: torch.dtype, trust_remote_code: bool = False, *
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model by name or folder."""
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
@@ -151,7 +152,7 @@ def load_processor(name: str, modality: Modality, trust_remote_code: bool = Fals
     }[modality]
     path = Path(resolve_model(name))
     if auto == "AutoTokenizer" and path.is_dir() and not any(any(path.glob(files)) for files in _TOKENIZER_FILES):
-        raise LrquantError(f"{name}: has no tokenizer beside its weights; copy its files from the base model")
+        raise LrquantError(f"{name}: has no tokenizer; copy its files from the base model")
     return _from_pretrained(getattr(transformers, auto), name, trust_remote_code=trust_remote_code)
 
 
@@ -173,7 +174,7 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
         raise cannot_load(name, error) from error
     except Exception as error:  # a stranger's files reach everything underneath
         if "trust_remote_code" in str(error):
-            ask = "it comes with code of its own; --trust-remote-code runs that code"
+            ask = "the model needs its own code; --trust-remote-code allows it to run"
             raise LrquantError(f"{name}: cannot be loaded ({ask})") from error
         raise cannot_load(name, error) from error
 
@@ -184,6 +185,7 @@ def cannot_load(name: str, error: BaseException) -> LrquantError:
 
 
 def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of an error's text, shortened to `most` characters."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, KeyError) or not line:
         line = f"{type(error).__name__} {line}".strip()
@@ -200,5 +202,5 @@ def window(config: Any, seqlen: int | None) -> int:
     if seqlen is None:
         return min(2048, most or 2048)
     if most and seqlen > most:
-        raise UsageError(f"seqlen {seqlen} is more than the model's {most} positions")
+        raise UsageError(f"seqlen {seqlen} is longer than the model's {most} positions")
     return seqlen

@@ -43,7 +43,8 @@ def source_note(config: Any) -> str | None:
     found = quantization_of(config)
     if found is None:
         return None
-    return f"The source is quantized ({_described(str(found.get('quant_method')), found)}): it was dequantized first."
+    described = _described(str(found.get("quant_method")), found)
+    return f"The original is quantized ({described}): it was dequantized before the run."
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:

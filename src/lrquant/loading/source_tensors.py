@@ -41,9 +41,9 @@ class SourceTensors:
         """One line for each thing that a user should know."""
         lines = []
         if self.carried:
-            lines.append(f"Carried over unquantized, for loaders that use it: {_patterns(self.carried)}.")
+            lines.append(f"Copied without quantization, for loaders that use it: {_patterns(self.carried)}.")
         if self.unread:
-            lines.append(f"The model's class has no place for these tensors, and the result lacks them: "
+            lines.append(f"The model's class does not use these tensors, and the result does not have them: "
                          f"{_patterns(self.unread)}.")  # fmt: skip
         return lines
 
@@ -92,14 +92,14 @@ def source_tensors(model: Any, files: Sequence[Path], name: str) -> SourceTensor
             others[key] = target, stored
             continue
         if wanted[target].is_floating_point() and not stored.floating:
-            raise LrquantError(f"{name}: {key} is stored as {stored.dtype}, which is no floating-point weight")
+            raise LrquantError(f"{name}: {key} is stored as {stored.dtype}, which is not a floating-point type")
         if converted is not None:
             pieces[key] = stored.source
             whole.add(target)
             continue
         if stored.shape != tuple(wanted[target].shape):
             raise LrquantError(
-                f"{name}: cannot be loaded ({key} is {stored.shape}, the configuration wants "
+                f"{name}: cannot be loaded ({key} is {stored.shape}, the configuration expects "
                 f"{tuple(wanted[target].shape)})"
             )
         found[target] = stored.source
@@ -222,7 +222,7 @@ def _check_blocks(model: Any, group: str, name: str) -> None:
     place = _next_block(model, group)
     if place is not None:
         raise LrquantError(
-            f"{name}: its files hold {group}, but its configuration ends after {place[1]} blocks; "
+            f"{name}: its files hold {group}, but its configuration has only {place[1]} blocks; "
             f"correct num_hidden_layers in config.json, or remove those weights"
         )
 

@@ -42,9 +42,13 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / "model.safetensors").is_file():
             return [folder / "model.safetensors"]
         if any(folder.glob("model-*-of-*.safetensors")):
-            raise LrquantError(f"{folder}: has shards but no {index.name}, which says what is in them; fetch it again")
+            raise LrquantError(f"{folder}: has shards but no {index.name}, which lists their tensors; fetch it again")
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        pickled = f", and {others[0]} is a pickle, which can run code and is never opened: convert it" if others else ""
+        pickled = (
+            f", and {others[0]} is a pickle, which can run code and is never opened; convert it to safetensors"
+            if others
+            else ""
+        )
         raise LrquantError(f"{folder}: has no model.safetensors{pickled}")
     weight_map = _read_json(index, MOST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -68,7 +72,9 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
     _check_files(folder)
     kernels = None if trust_remote_code else next(_kernels(config), None)
     if kernels:
-        raise LrquantError(f"{folder}/config.json: {kernels} is code from the hub; --trust-remote-code runs that code")
+        raise LrquantError(
+            f"{folder}/config.json: {kernels} is code from the hub; --trust-remote-code allows it to run"
+        )
     tensors = largest = 0
     for file in weight_files(folder):
         try:
@@ -83,7 +89,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
     for name, value in _numbers(config):
         key = name.rpartition(".")[2]
         if _POSITIVE.search(name) and value < 1:
-            raise LrquantError(f"{folder}/config.json: {name} = {value:.4g}, which no model has")
+            raise LrquantError(f"{folder}/config.json: {name} = {value:.4g}, which is not valid")
         if _LAYERS.search(key) and value > max(HARMLESS_LAYERS, tensors):
             raise LrquantError(f"{folder}/config.json: {name} = {value:.4g}, but there are {tensors} weights in all")
         if _WIDTH.search(key) and value > max(HARMLESS_WIDTH, largest):
@@ -97,7 +103,7 @@ def _check_files(folder: Path) -> None:
         if not path.is_file():
             raise LrquantError(f"{path}: not a regular file")
         if path.stat().st_size > MOST_TOKENIZER:
-            raise LrquantError(f"{path}: larger than {MOST_TOKENIZER} bytes, which no model needs")
+            raise LrquantError(f"{path}: larger than {MOST_TOKENIZER} bytes, the limit for this file")
 
 
 def _kernels(value: Any, name: str = "") -> Iterator[str]:

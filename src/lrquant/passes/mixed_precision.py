@@ -211,8 +211,8 @@ def check_target(original: Original, recipe: Recipe) -> None:
 def _check_reach(target: float, least: float, most: float) -> None:
     if not least <= target <= most:
         raise UsageError(
-            f"target bits {target:g}: with their scales, weights of these groups take {least:.2f} to "
-            f"{most:.2f} bits on average; name a target between"
+            f"target bits {target:g}: weights with these groups, including scales, have {least:.2f} to "
+            f"{most:.2f} bits on average; choose a target in between"
         )
 
 

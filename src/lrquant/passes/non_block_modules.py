@@ -41,11 +41,11 @@ def chosen_modules(model: Any, extra: Sequence[str]) -> dict[str, nn.Module]:
     for part in extra:
         found = {name: module for name, module in model.named_modules() if _is_part(name, module, part)}
         if not found:
-            raise UsageError(f"extra {part!r}: this model has none")
+            raise UsageError(f"extra {part!r}: this model does not have one")
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         shared = next((name for name in found if f"{name}.weight" in tied), None)
         if shared:
-            raise UsageError(f"extra {part!r}: {shared} is the embedding itself, which stays as it is")
+            raise UsageError(f"extra {part!r}: {shared} is tied to the embedding, which is not quantized")
         chosen |= found
     return chosen
 

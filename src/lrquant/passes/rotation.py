@@ -72,7 +72,7 @@ def check_rotation(original: Original, recipe: Recipe) -> None:
         if not any(_allows(stage, part) for stage in original.stages):
             reasons = [stage.residual.why_not for stage in original.stages if stage.residual and stage.residual.why_not]
             raise UsageError(
-                f"rotate {part!r}: {original.model.config.model_type} models cannot be rotated there"
+                f"rotate {part!r}: {original.model.config.model_type} models do not support it"
                 f"{f' ({reasons[0]})' if reasons and part == 'stream' else ''}; leave it out"
             )
     for stage in original.stages:
@@ -111,7 +111,9 @@ def rotate(original: Original, recipe: Recipe) -> Rotated:
                 online.append(f"{path}.{stage.residual.down}")
             place += 1
     unknown = [size for size in dict.fromkeys(sizes) if recipe.rotate_by == "hadamard" and hadamard(size) is None]
-    notes = [f"No Hadamard matrix of order {size} is known here: it is rotated at random instead." for size in unknown]
+    notes = [
+        f"No Hadamard matrix of order {size} is known here: a random rotation is used instead." for size in unknown
+    ]
     return Rotated(tuple(online), untied, notes)
 
 
@@ -134,14 +136,14 @@ def check_stream(model: Any, stage: Stage) -> str:
         odd = sorted(linears ^ (readers | set(residual.writers)))
         if odd:
             raise UsageError(
-                f"rotate 'stream': {stage.path}.{index}.{odd[0]} neither reads the residual stream behind a norm "
+                f"rotate 'stream': {stage.path}.{index}.{odd[0]} neither reads the residual stream after a norm "
                 f"nor writes to it; leave it out"
             )
     above, head = model.get_submodule(stage.path.rpartition(".")[0]), model.get_output_embeddings()
     if head is None or getattr(above, residual.norm, None) is None:
-        raise UsageError("rotate 'stream': a model without a language head would answer in rotated hidden states")
+        raise UsageError("rotate 'stream': a model without a language head would return rotated hidden states")
     if getattr(above, "project_in", None) is not None:
-        raise UsageError("rotate 'stream': embeddings of another width than the blocks' cannot be rotated")
+        raise UsageError("rotate 'stream': embeddings with another width than the blocks cannot be rotated")
     return next(name for name, module in model.named_modules() if module is head)
 
 
@@ -260,7 +262,7 @@ def _fold_norm(norm: nn.Module, offset: float, readers: Sequence[nn.Module], *, 
     norm.weight.fill_(1 - offset)  # type: ignore[operator]
     if bias is not None:
         if stays and bool(((gain == 0) & (bias != 0)).any()):
-            raise UsageError(f"rotate 'stream': the norm {name} has a bias beside a weight of zero; leave it out")
+            raise UsageError(f"rotate 'stream': the norm {name} has a bias where its weight is zero; leave it out")
         rotated = torch.where(gain == 0, 0.0, bias / gain) @ matrix
         norm.bias.copy_(rotated if stays else torch.zeros_like(rotated))  # type: ignore[operator]
     for reader in readers:

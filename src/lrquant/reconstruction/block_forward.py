@@ -168,7 +168,7 @@ class BlockForward:
             ):
                 if not torch.isfinite(output).all():
                     raise LrquantError(
-                        f"block {self.index} gives NaN or infinite outputs once it is quantized; try --dtype float32"
+                        f"block {self.index} gives NaN or infinite outputs after quantization; try --dtype float32"
                     )
                 stream[sample] = output
                 target = targets[sample].to(output.device)

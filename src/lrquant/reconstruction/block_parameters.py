@@ -101,6 +101,7 @@ class Prepared(NamedTuple):
 
 
 def prepared(fixed: BlockParameters, learnables: Mapping[str, Tensor], dtype: torch.dtype) -> Prepared:
+    """The factors, norms and biases that `learnables` give, in `dtype`; differentiable."""
     edits = edits_of(fixed, learnables)
     return Prepared(
         {name: value.to(fixed.storage_dtype).to(dtype) for name, value in _unrounded(fixed, edits).items()},

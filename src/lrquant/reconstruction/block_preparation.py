@@ -94,7 +94,7 @@ def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> No
         if not torch.isfinite(tensor).all():
             kind = str(storage_dtype).removeprefix("torch.")
             raise LrquantError(
-                f"{path}: {name} is too large for the checkpoint's {kind} once it is transformed; "
+                f"{path}: {name} is too large for the checkpoint's {kind} after transformation; "
                 f"save the original in bfloat16, or try --no-let"
             )
 

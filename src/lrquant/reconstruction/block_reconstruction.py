@@ -164,6 +164,6 @@ def _checked_start(start: Learnables, given: Learnables, *, index: int, device: 
         odd = sorted(shapes.keys() ^ given.keys()) or [name for name in shapes if shapes[name] != given[name].shape]
         raise UsageError(
             f"the saved parameters of block {index} do not fit this model and recipe ({odd[0]}, …); "
-            f"use the options that they were learned with"
+            f"use the options with which they were learned"
         )
     return {name: given[name].to(device) for name in start}

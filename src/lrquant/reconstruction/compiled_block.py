@@ -74,8 +74,9 @@ class CompiledBlock:
         arguments: Mapping[str, Any],
         targets: Sequence[Tensor],
     ) -> Tensor | None:
-        """What the loss is made of (losses.means) for `block` on `hidden`; None, now and ever after, where its code
-        does not compile.
+        """The terms of the loss (losses.means) for `block` on `hidden`, or None if its code does not compile.
+
+        Once None, it stays None for blocks with the same code.
         """
         if not torch.is_grad_enabled():  # the graph that learns: no second one is compiled to measure with
             with torch.enable_grad():
@@ -97,7 +98,7 @@ class CompiledBlock:
         except compat.compile_errors() as error:
             self.works = False
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.info("%s is not compiled as a whole: %s", type(block).__name__, first)
+            _log.info("%s cannot be compiled as one graph: %s", type(block).__name__, first)
             return None
 
 
@@ -118,7 +119,7 @@ def _ask_compiler() -> None:
         with suppress(Exception):
             question()
 
-    threading.Thread(target=ask, name="lrquant asks the compiler", daemon=True).start()
+    threading.Thread(target=ask, name="lrquant probes the compiler", daemon=True).start()
 
 
 @dataclass

@@ -93,7 +93,7 @@ class Coverage:
         if self.missed_share > 0.5:
             raise UsageError(
                 f"only {self.block_share:.1%} of the blocks' parameters can be quantized: {self._missed_names()}; "
-                "lrquant does not know how to quantize this model"
+                "this model is not supported"
             )
 
     def warning(self) -> str | None:

@@ -31,7 +31,7 @@ class FinishedBlock:
     carried: dict[str, Tensor] = field(default_factory=dict)  # learnables that the next window goes on from
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is a tensor, as `learned:NAME`, `carried:NAME`, `scale:LINEAR`, `absmax:LINEAR`, …"""
+        """All tensors, named `learned:NAME`, `carried:NAME`, `scale:LINEAR`, `absmax:LINEAR` or `midpoint:LINEAR`."""
         found = {f"learned:{name}": tensor for name, tensor in self.learnables.items()}
         found |= {f"carried:{name}": tensor for name, tensor in self.carried.items()}
         found |= {f"scale:{name}": tensor for name, tensor in self.static_scales.items()}

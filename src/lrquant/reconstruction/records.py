@@ -9,8 +9,8 @@ Outcome = Literal["initial", "learned", "best epoch", "kept initial", "kept pres
 OUTCOME_WORDS: dict[str, str] = {
     "initial": "nothing to learn",
     "learned": "learned",
-    "best epoch": "went back to its best epoch",
-    "kept initial": "stayed at its start: learning did not help",
+    "best epoch": "returned to its best epoch",
+    "kept initial": "kept its initial values: learning did not help",
     "kept present": "unchanged: adaptation did not help",
 }
 

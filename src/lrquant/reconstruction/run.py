@@ -98,9 +98,9 @@ class Run:
         attention = self.recipe.scheme.attention_inputs
         if self.recipe.kv_cache is not None:
             if not self.model.can_generate() or "vision" in (self.recipe.towers or ()):
-                raise UsageError(f"kv_cache = {self.recipe.kv_cache}: only language models' own blocks have a cache")
+                raise UsageError(f"kv_cache = {self.recipe.kv_cache}: only blocks of language models have a cache")
             if not route_attention(self.model):
-                raise UsageError("this family's attention cannot be quantized: leave the key-value cache in 16 bits")
+                raise UsageError("this family's attention cannot be quantized: leave out kv_cache")
         return attention if attention is not None and route_attention(self.model) else None
 
     @cached_property

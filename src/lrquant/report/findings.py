@@ -13,6 +13,8 @@ LEVEL = 0.01  # changes below one percent are called none
 
 @dataclass(frozen=True)
 class Finding:
+    """A conclusion from a run's numbers: a headline, a sentence, and whether it is good news."""
+
     title: str
     text: str
     tone: Tone = "plain"
@@ -192,4 +194,4 @@ def _odd_blocks(run: Run) -> Finding | None:
         return None
     text = ". ".join(f"Block {block.index}: {stands_out(block)}" for block in odd[:8])
     more = f". And {len(odd) - 8} more" if len(odd) > 8 else ""
-    return Finding(f"{len(odd)} block{'s' * (len(odd) > 1)} to look at", f"{text}{more}.", "bad")
+    return Finding(f"{len(odd)} block{'s' * (len(odd) > 1)} that need attention", f"{text}{more}.", "bad")

@@ -175,7 +175,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                 "losses",
                 figures.losses(run),
                 "Loss over epochs",
-                "Falling lines mean that learning helps. Blocks that need a look are in the warning colour.",
+                "Falling lines mean that learning helps. Blocks that need attention are in the warning colour.",
             ),
         ]
         layers = [
@@ -203,7 +203,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                         f"map{block.index}",
                         figures.activations(block, layer, measurements),
                         f"Block {block.index}, input of {layer}",
-                        "Bright vertical lines are outlier channels: they make the grid coarser for all others.",
+                        "Bright vertical lines are outlier channels: they make the quantization of all others coarser.",
                     )
                 )
         inside.append(
@@ -220,7 +220,7 @@ def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, s
                     f"weights{block.index}",
                     figures.weights(block, measurements),
                     f"Weights of block {block.index} and their clipped range",
-                    "Logarithmic histograms. Lines: mean ends of the grid's range. Bands: the ends of most groups.",
+                    "Logarithmic histograms. Lines: mean ends of the clipped range. Bands: the ends of most groups.",
                 )
             )
     return [

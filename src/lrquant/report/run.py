@@ -64,6 +64,8 @@ class LinearInput(_Kept):
 
 
 class Block(_Kept):
+    """What a report shows of one block."""
+
     index: int
     path: str
     outcome: str  # as in reconstruction.records; "not relearned" where adaptation left the block alone
@@ -101,6 +103,8 @@ class Compared(_Kept):
 
 
 class Run(_Kept):
+    """Everything that a report shows of a run."""
+
     kind: Literal["quantize", "adapt", "demo"]
     model: str  # what was quantized; for adapt the quantized checkpoint
     reference: str | None = None  # adapt: the full-precision original
@@ -145,13 +149,13 @@ def read_run(directory: Path) -> Run:
     """
     path = directory / FOLDER / RUN_FILE
     if not path.is_file():
-        raise UsageError(f"{directory}: no report data here ({FOLDER}/{RUN_FILE}); quantize, adapt and demo leave it")
+        raise UsageError(f"{directory}: no report data here ({FOLDER}/{RUN_FILE}); quantize, adapt and demo write it")
     try:
         return Run.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UsageError(f"{path}: not a run's data ({where}: {first['msg']}); run it again") from None
+        raise UsageError(f"{path}: not the data of a run ({where}: {first['msg']}); run it again") from None
 
 
 def load_run(directory: Path) -> tuple[Run, dict[str, "Tensor"]]:

@@ -41,7 +41,7 @@ def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
         if old == new:
             continue
         if name.startswith("recipe."):
-            return f"{name.removeprefix('recipe.')} was {old}, and is {new} now"
+            return f"{name.removeprefix('recipe.')} was {old} and is now {new}"
         return f"the {name} changed" + (f" from {old} to {new}" if name == "precision" else "")
     return None
 

@@ -77,14 +77,14 @@ class DiskJournal(Journal):
             bits = read_entry(file, BitsEntry).bits
         except (FileNotFoundError, LrquantError) as error:
             if isinstance(error, LrquantError):
-                self.damaged.append(f"{error}; errors are measured again")
+                self.damaged.append(f"{error}; errors will be measured again")
             bits = found()
             write_entry(file, BitsEntry(bits=bits))
         self._scheme = replace(self._scheme, bits=bits)
         return bits
 
     def _found(self, place: int, what: str) -> None:
-        self.damaged.append(f"{what}; block {place} is done again")
+        self.damaged.append(f"{what}; block {place} will be done again")
 
     def finished(self, place: int) -> bool:
         if place not in self._whole:
@@ -108,7 +108,9 @@ class DiskJournal(Journal):
         )
         if digest_of(parameters) != self._entries[place].parameters:
             self._whole.discard(place)
-            self._found(place, f"{self._file(place, 'safetensors')}: does not unpack to what it was packed from here")
+            self._found(
+                place, f"{self._file(place, 'safetensors')}: does not unpack to the packed values on this machine"
+            )
             return None
         return self.summary(place), parameters
 
@@ -155,7 +157,9 @@ class DiskJournal(Journal):
         """
         for place, entry in sorted(self._entries.items()):
             if checksum(self._file(place, "safetensors")) != entry.sha256:
-                raise LrquantError(f"{self._file(place, 'safetensors')}: damaged meanwhile; run the same command again")
+                raise LrquantError(
+                    f"{self._file(place, 'safetensors')}: damaged since it was written; run the same command again"
+                )
             tensors = dict(self._read(place, "buffer:")) | dict(self._read(place, "packed:"))
             yield {f"{entry.path}.{name}": tensor for name, tensor in tensors.items()}
 

@@ -38,7 +38,7 @@ def locked(path: Path, name: str) -> Iterator[None]:
             os.close(handle)
             raise Busy(
                 f"{name}: another run{f' (process {owner})' if owner else ''} is writing there; "
-                f"wait for it to end, or name another directory"
+                f"wait until it ends, or choose another directory"
             ) from None
         if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
             break
@@ -56,11 +56,11 @@ def _opened(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UsageError(f"{path}: a symbolic link, which is not lrquant's; remove it") from None
+            raise UsageError(f"{path}: a symbolic link that lrquant did not create; remove it") from None
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise UsageError(f"{path}: not a regular file, and not lrquant's; remove it")
+        raise UsageError(f"{path}: not a regular file, and not created by lrquant; remove it")
     return handle
 
 

@@ -66,6 +66,7 @@ class Placing(BaseModel):
 
 
 def write_entry(path: Path, entry: BaseModel) -> None:
+    """Write `entry` and its checksum to the file `path`, durably."""
     values = entry.model_dump()
     text = json.dumps({"sha256": _checksum(values), "entry": values}, indent=1)
     write_durably(path, lambda temporary: temporary.write_text(text + "\n"))
@@ -81,7 +82,7 @@ def read_entry(path: Path, kind: type[_Entry]) -> _Entry:
     try:
         values = json.loads(read_regular(path, MOST_BYTES, follow=False).decode("utf-8"))
         if not isinstance(values, dict) or values.keys() != {"sha256", "entry"}:
-            raise ValueError("not an entry and its checksum")
+            raise ValueError("not a valid entry")
         if values["sha256"] != _checksum(values["entry"]):
             raise ValueError("its checksum does not match")
         return kind.model_validate_json(json.dumps(values["entry"]))

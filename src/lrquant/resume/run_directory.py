@@ -55,12 +55,14 @@ class RunDirectory:
             write_entry(file, RunEntry(layout=1, identity=identity))
             return
         except LrquantError as error:
-            raise UsageError(f"{error}: whose run this is cannot be told; begin anew with --restart") from None
+            raise UsageError(
+                f"{error}: the state of this unfinished run cannot be read; start over with --restart"
+            ) from None
         changed = difference(before, identity)
         if changed:
             raise UsageError(
-                f"{self.target}: an unfinished run is kept there, and {changed}; "
-                f"run it as it was begun, or begin anew with --restart"
+                f"{self.target}: an unfinished run is kept there, but {changed}; "
+                f"repeat its original command, or start over with --restart"
             )
 
     def clear(self) -> None:
@@ -120,6 +122,7 @@ class RunDirectory:
 
 
 def run_folder(target: Path) -> Path:
+    """The folder for the unfinished run of `target`: beside it, or inside it if it is a mount point."""
     target = resolved(target)
     if target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK)):
         return target / _INSIDE
@@ -171,7 +174,7 @@ def run_directory(save_dir: str | Path, restart: bool = False) -> Iterator[RunDi
             for parent in made[1:]:
                 with suppress(OSError):
                     parent.rmdir()
-        blocks = f"{kept} finished block{'s are' if kept != 1 else ' is'} kept: the same command goes on from there"
+        blocks = f"{kept} finished block{'s are' if kept != 1 else ' is'} kept; the same command resumes there"
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted(
                 f"{str(error) or 'interrupted'}; {blocks if kept else 'nothing was left behind'}"
@@ -198,9 +201,9 @@ def check_place(target: Path, folder: Path) -> None:
     if len(os.fsencode(folder.name)) > longest:
         raise UsageError(f"{target}: cannot be written (the name is longer than {longest - len(_BESIDE)} bytes)")
     if target.exists() and not target.is_dir():
-        raise UsageError(f"{target}: the save directory is a file; name another")
+        raise UsageError(f"{target}: the save directory is a file; choose another")
     if os.path.lexists(folder) and not is_marked(folder):
-        raise UsageError(f"{folder}: lrquant works in a folder of this name, but did not make this one; move it away")
+        raise UsageError(f"{folder}: lrquant needs a folder of this name, but did not create this one; move it away")
     if _occupied(target) and not folder.is_dir():
         raise _not_empty(target)
 
@@ -210,4 +213,4 @@ def _occupied(target: Path) -> bool:
 
 
 def _not_empty(target: Path) -> UsageError:
-    return UsageError(f"{target}: the save directory is not empty; name another or empty it")
+    return UsageError(f"{target}: the save directory is not empty; choose another or empty it")

@@ -183,7 +183,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRank("another rank ended or cannot be reached; its own message says why") from error
+        raise LostRank("another rank has ended or cannot be reached; see its message") from error
 
 
 def launched() -> bool:
@@ -250,7 +250,7 @@ def check_batch(batch: int, samples: int, ranks: Ranks, learns: bool) -> None:
         UsageError: a step's samples cannot be divided evenly, or there are fewer samples than ranks.
     """
     if samples < ranks.world:
-        raise UsageError(f"{samples} samples cannot be divided over {ranks.world} ranks: take more samples")
+        raise UsageError(f"{samples} samples cannot be divided over {ranks.world} ranks; use more samples")
     if learns and batch % ranks.world:
         more = -(-batch // ranks.world) * ranks.world
         raise UsageError(
@@ -260,4 +260,4 @@ def check_batch(batch: int, samples: int, ranks: Ranks, learns: bool) -> None:
 
 
 def _told_to_end(*_: object) -> None:
-    raise LostRank("told to end, as torchrun does when another rank has failed; its own message says why")
+    raise LostRank("stopped, as torchrun does when another rank has failed; see that rank's message")

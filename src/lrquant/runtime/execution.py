@@ -28,6 +28,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def has_triton() -> bool:
+    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -39,5 +39,5 @@ def advised(options: Callable[[], list[str]]) -> Iterator[None]:
 
 def _advice(error: BaseException, options: list[str]) -> LrquantError:
     where = "the device" if isinstance(error, torch.OutOfMemoryError) else "this machine"
-    remedy = f"try, the most helpful first: {', '.join(options)}" if options else "it needs a larger one"
+    remedy = f"try, most effective first: {', '.join(options)}" if options else "use a larger device"
     return LrquantError(f"out of memory on {where}; {remedy}")

@@ -36,7 +36,7 @@ def settings_for(key: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     runtime = by_key(key)
     given = {name: value for name, value in changes.items() if value is not None}
     if given.get("quantize_attention"):
-        raise UsageError(f"quantize_attention: {runtime.name} does not round queries, keys and values; leave it out")
+        raise UsageError(f"quantize_attention: {runtime.name} does not quantize queries, keys and values; leave it out")
     found = _found(runtime, given)
     if found is None:
         raise UsageError(_refusal(runtime, given))
@@ -71,7 +71,7 @@ def _refusal(runtime: Runtime, given: Mapping[str, Any]) -> str:
     asked = _format({"quantize_attention": False} | dict(given))
     why = runtime.judge(asked).how
     if runtime.key == "llama.cpp" and asked.inputs is not None:
-        why = "it rounds activations its own way, 8 bits on CPUs"
+        why = "it rounds activations itself, to 8 bits on CPUs"
     name = f"W{asked.wbits}A{asked.abits}" + (f" g{asked.group_size}" if asked.group_size else "")
     instead = nearest_served(asked, runtime)
     return f"{name}: does not run in {runtime.name} ({why})" + (f"; {instead} does" if instead else "")

@@ -51,8 +51,8 @@ def block_format(numbers: Numbers) -> BlockFormat:
         raise UsageError(f"llama.cpp's blocks of {BLOCK} hold integers, not {numbers.bits}-bit floats")
     if numbers.group_size is not None and numbers.group_size % BLOCK:
         raise UsageError(
-            f"groups of {numbers.group_size}: llama.cpp has one scale for {BLOCK} weights, so groups are a multiple of "
-            f"{BLOCK} or whole rows; take --group-size {BLOCK}"
+            f"groups of {numbers.group_size}: llama.cpp has one scale for {BLOCK} weights, so groups must be multiples "
+            f"of {BLOCK} or entire rows; use --group-size {BLOCK}"
         )
     low, high = -(1 << numbers.bits - 1), (1 << numbers.bits - 1) - 1
     if not numbers.symmetric:
@@ -62,15 +62,15 @@ def block_format(numbers: Numbers) -> BlockFormat:
             return known
     raise UsageError(
         f"asymmetric {numbers.bits}-bit weights: llama.cpp's largest block has 8 bits without a minimum; "
-        "take --symmetric"
+        "use --symmetric"
     )
 
 
 def _judge(stored: StoredFormat) -> Verdict:
     if stored.needs_lrquant:
-        return no("it does not have lrquant's added biases or run-time transforms")
+        return no("it does not support lrquant's added biases or run-time transforms")
     if stored.model_type is not None and stored.model_type not in MODEL_TYPES:
-        return no(f"{stored.model_type} models are not exported to GGUF")
+        return no(f"{stored.model_type} models cannot be exported to GGUF")
     if stored.weights is None:
         return yes("in floating point")
     try:
@@ -80,7 +80,7 @@ def _judge(stored: StoredFormat) -> Verdict:
     how = f"{', '.join(sorted(found))}, after lrquant export --to gguf"
     if stored.inputs is None:
         return yes(how)
-    return yes(f"{how}; activations are rounded its own way", rounds=False)
+    return yes(f"{how}; llama.cpp rounds activations itself", rounds=False)
 
 
 RUNTIME = Runtime(

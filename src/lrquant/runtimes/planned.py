@@ -10,6 +10,7 @@ _MIXED = tuple(range(2, 9))  # bits that linears of a run under a size budget ma
 
 
 def numbers_of(args: QuantizationArgs | None) -> Numbers | None:
+    """The numbers that compressed-tensors' `args` describe; None: they are not quantized."""
     return None if args is None else Numbers.of(args.model_dump(mode="json"))
 
 

@@ -35,8 +35,10 @@ class Runtime:
 
 
 def no(why: str) -> Verdict:
+    """The verdict that a format does not run, because of `why`."""
     return Verdict(False, why)
 
 
 def yes(how: str, rounds: bool = True) -> Verdict:
+    """The verdict that a format runs, and `how`; `rounds`: whether activations are quantized as learned."""
     return Verdict(True, how, rounds)

@@ -8,7 +8,7 @@ _MARLIN_GROUPS = (None, 32, 64, 128)
 
 def _judge(stored: StoredFormat) -> Verdict:
     if stored.needs_lrquant:
-        return no("it does not call lrquant's added biases or run-time transforms")
+        return no("it does not support lrquant's added biases or run-time transforms")
     if stored.weights is None:
         return yes("in floating point; the weights are stored dense")
     if not stored.integers:
@@ -18,21 +18,23 @@ def _judge(stored: StoredFormat) -> Verdict:
         if not set(bits) <= {4, 8}:
             return no("its weight-only kernels have 4 and 8 bits")
         if stored.group_size not in _MARLIN_GROUPS:
-            return no("Marlin wants groups of 32, 64 or 128, or whole rows")
+            return no("Marlin needs groups of 32, 64 or 128, or entire rows")
         return yes("Marlin")
     if stored.wbits == stored.abits == 8 and stored.symmetric and stored.group_size is None:
         return yes("int8 products")
     if stored.wbits == stored.abits == 8:
-        return no("8-bit activations want symmetric weights, one scale a row")
+        return no("8-bit activations need symmetric weights with one scale per row")
     return no(f"no scheme for integers W{stored.wbits}A{stored.abits}")
 
 
 def _floats(stored: StoredFormat) -> Verdict:
     if stored.wbits == 8:
-        return yes("FP8 products from Ada on")
+        return yes("FP8 products on Ada and newer")
     if stored.weights is not None and stored.weights.strategy == "tensor_group":
-        return yes("Marlin, weight-only" if stored.inputs is None else "FP4 products on Blackwell; before it Marlin")
-    return no("four-bit floats other than NVFP4 are not read for linears")
+        return yes(
+            "Marlin, weight-only" if stored.inputs is None else "FP4 products on Blackwell; Marlin on older GPUs"
+        )
+    return no("four-bit floats other than NVFP4 are not supported in linears")
 
 
 RUNTIME = Runtime(

@@ -6,12 +6,12 @@ from lrquant.runtimes.stored_format import StoredFormat
 
 def _judge(stored: StoredFormat) -> Verdict:
     if stored.needs_lrquant:
-        return yes("after import lrquant; dense linears in floating point, no faster than before")
+        return yes("after import lrquant; dense linears in floating point, not faster")
     if stored.weights is None:
         return yes("in floating point; the weights are stored dense")
     if stored.inputs is None:
-        return yes("as dense linears: weights are unpacked at load, so neither faster nor smaller in memory")
-    return yes("weights unpacked, activations rounded as calibrated: right answers, slower than before")
+        return yes("as dense linears: weights are unpacked when loading, so neither faster nor smaller in memory")
+    return yes("weights are unpacked and activations quantized: correct results, but slower")
 
 
 RUNTIME = Runtime(

@@ -13,7 +13,7 @@ ADA, HOPPER = 89, 90
 CAPABILITIES = {75: "Turing", 80: "Ampere", 89: "Ada", 90: "Hopper", 100: "Blackwell"}
 _MARLIN_GROUPS = (None, 32, 64, 128)
 _MACHETE_GROUPS = (None, 64, 128)
-_CALLED = "it does not call lrquant's added biases or run-time transforms"
+_CALLED = "it does not support lrquant's added biases or run-time transforms"
 
 
 def scheme_of(stored: StoredFormat, capability: int | None = None) -> str | None:
@@ -68,16 +68,16 @@ def _refusal(stored: StoredFormat) -> Verdict | None:
     if stored.needs_lrquant:
         return no(_CALLED)
     if scheme_of(stored) is not None:
-        return no("its zero points are padded for transformers; take symmetric weights") if _padded(stored) else None
+        return no("its zero points are padded for transformers; use symmetric weights") if _padded(stored) else None
     if stored.inputs is not None and stored.inputs.kind != "int":
-        return no("FP8 activations want FP8 weights; with integers, only symmetric 4 bits in groups, on Hopper")
+        return no("FP8 activations need FP8 weights or, on Hopper, symmetric 4-bit integers in groups")
     if stored.inputs is not None and stored.wbits == stored.abits == 8:
-        return no("8-bit activations want symmetric weights, one scale a row")
+        return no("8-bit activations need symmetric weights with one scale per row")
     if stored.abits not in (4, 8):
         return no(f"no scheme for {stored.abits}-bit activations")
     if stored.wbits == 8:
         return no(f"no scheme for 8-bit weights with {stored.abits}-bit activations")
-    return no("activations of few bits have to be symmetric")
+    return no("activations below 8 bits must be symmetric")
 
 
 def _padded(stored: StoredFormat) -> bool:
@@ -86,7 +86,7 @@ def _padded(stored: StoredFormat) -> bool:
 
 def _on_cuda(stored: StoredFormat) -> Verdict:
     if scheme_of(stored, HOPPER) == "W4A8Fp8":
-        return yes("CUTLASS W4A8 products on Hopper; on no other")
+        return yes("CUTLASS W4A8 products, only on Hopper")
     refused = _refusal(stored)
     if refused is not None:
         return refused
@@ -97,15 +97,15 @@ def _on_cuda(stored: StoredFormat) -> Verdict:
         return _floats_on_cuda(stored)
     kernels = {capability: kernel_on_cuda(stored, capability) for capability in CAPABILITIES}
     if stored.all_bits:
-        return yes("each linear by its bits, Marlin, Machete or Humming")
+        return yes("Marlin, Machete or Humming, depending on each linear's bits")
     usual = kernels[80]
     how = f"{usual}" + (f", {kernels[HOPPER]} on Hopper" if kernels[HOPPER] != usual else "")
     if scheme == "W8A8Int8":
         return yes("CUTLASS int8 products")
     if scheme == "W4A8Int":
-        return yes("Humming, as W4A16: activations are not rounded", rounds=False)
+        return yes("Humming, as W4A16: activations are not quantized", rounds=False)
     if stored.inputs is not None and set(kernels.values()) != {"Humming"}:
-        return yes(f"Humming where asked for, else {how}, which leave activations unrounded")
+        return yes(f"Humming on request, otherwise {how}, which do not quantize activations")
     return yes(how)
 
 
@@ -114,16 +114,16 @@ def _floats_on_cuda(stored: StoredFormat) -> Verdict:
     if scheme == "W4A4Fp4":
         if stored.inputs is None:
             return yes("Marlin, weight-only")
-        return yes("FP4 products on Blackwell; before it Marlin, which leaves activations unrounded")
+        return yes("FP4 products on Blackwell; Marlin on older GPUs, which does not quantize activations")
     if scheme == "W4A4Mxfp4":
         rounds = stored.inputs is None
-        return yes("Marlin" if rounds else "Marlin, weight-only: activations are not rounded", rounds=rounds)
+        return yes("Marlin" if rounds else "Marlin, weight-only: activations are not quantized", rounds=rounds)
     if scheme == "W8A8Mxfp8":
         rounds = stored.inputs is None
-        return yes("Marlin" if rounds else "Marlin, weight-only: activations are not rounded", rounds=rounds)
+        return yes("Marlin" if rounds else "Marlin, weight-only: activations are not quantized", rounds=rounds)
     if stored.inputs is None:
         return yes("Marlin, weight-only")
-    return yes("FP8 products from Ada on; before it Marlin, weight-only")
+    return yes("FP8 products on Ada and newer; weight-only Marlin on older GPUs")
 
 
 def _on_cpu(stored: StoredFormat) -> Verdict:
@@ -139,13 +139,13 @@ def _on_cpu(stored: StoredFormat) -> Verdict:
         return yes("Dynamic4bit")
     if not stored.integers:
         if stored.weights is not None and stored.weights.strategy == "block":
-            return no("no kernel for blocks of FP8 on the CPU that was asked")
+            return no("no kernel for FP8 blocks on the CPU that was tested")
         return yes("FP8 products") if scheme == "W8A8Fp8" else no("no kernel for such floats")
     bits = stored.all_bits or (stored.wbits,)
     if set(bits) != {4}:
         return no("its weight-only kernel has 4 bits")
     if stored.inputs is not None:
-        return yes("CPUWNA16, which leaves activations unrounded", rounds=False)
+        return yes("CPUWNA16, which does not quantize activations", rounds=False)
     return yes("CPUWNA16")
 
 
@@ -154,6 +154,6 @@ def _command(stored: StoredFormat) -> str:
     return "vllm serve {path}" + (" --linear-backend humming" if packed else "")
 
 
-_ASKED = "its own classes' answers"
+_ASKED = "queried from its classes"
 ON_CUDA = Runtime("vllm", "vLLM on NVIDIA GPUs", VERSION, DATE, _ASKED, _on_cuda, _command)
 ON_CPU = Runtime("vllm-cpu", "vLLM on CPUs", VERSION, DATE, _ASKED, _on_cpu, lambda stored: "vllm serve {path}")

@@ -35,6 +35,7 @@ def smoothquant_scale(absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Te
 
 
 def initial_scale(absmax: Tensor, weight_absmax: Tensor, init: str, alpha: float) -> Tensor:
+    """Initial scales, (channels,), by the recipe's `init`: log, smoothquant or neutral."""
     if init == "neutral":
         return torch.ones_like(absmax)
     return log_scale(absmax) if init == "log" else smoothquant_scale(absmax, weight_absmax, alpha)

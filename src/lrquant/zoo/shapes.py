@@ -70,6 +70,8 @@ class Placed(NamedTuple):
 
 
 class Question(NamedTuple):
+    """A question about an image, and its answer."""
+
     question: str
     answer: str
 

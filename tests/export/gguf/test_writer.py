@@ -115,7 +115,7 @@ def test_widths_that_no_block_divides_are_kept_whole(tmp_path: Path) -> None:
     folder = quantized(model, tmp_path / "w4", wbits=4, abits=8, symmetric=True, quantize_attention=False)
     written = export(folder, tmp_path / "out.gguf")
     assert [note.split(":")[0] for note in written.notes] == [
-        "The checkpoint's 8-bit activations are not in a GGUF",
+        "The checkpoint's 8-bit activations are not part of a GGUF",
         "2 weights are float32",
     ]
     loaded = lrquant.load(str(folder)).state_dict()
@@ -126,15 +126,19 @@ def test_widths_that_no_block_divides_are_kept_whole(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "groups of 16": ({}, {"wbits": 4, "abits": 16, "group_size": 16, "symmetric": True}, "multiple of 32"),
-    "eight bits with zero points": ({}, {"wbits": 8, "abits": 16}, "take --symmetric"),
+    "eight bits with zero points": ({}, {"wbits": 8, "abits": 16}, "use --symmetric"),
     "four-bit floats": ({}, {"format": "nvfp4a16"}, "holds 4-bit floats, not integers"),
     "scales in float32": (
         {"dtype": torch.float32},
         {"wbits": 4, "abits": 16, "symmetric": True},
-        "float32 precision, which llama.cpp's float16 does not hold",
+        "float32 precision, which do not fit llama.cpp's float16",
     ),
     "transforms at run time": ({}, {"wbits": 4, "abits": 4, "rotate": ("down",)}, "needs lrquant to run"),
-    "a family without a row": ({"model_type": "olmo2"}, {"wbits": 4, "abits": 16}, "olmo2: not exported to GGUF"),
+    "a family without a row": (
+        {"model_type": "olmo2"},
+        {"wbits": 4, "abits": 16},
+        "olmo2: GGUF export does not support it",
+    ),
 }
 
 
@@ -152,7 +156,7 @@ def test_what_cannot_be_held_is_refused(case: str, tmp_path: Path) -> None:
 
 def test_bad_targets_and_damaged_files(four_bits: Path, tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("")
-    for target, said in (("there.gguf", "exists already"), ("nowhere/out.gguf", "no folder")):
+    for target, said in (("there.gguf", "already exists"), ("nowhere/out.gguf", "no folder")):
         with pytest.raises(UsageError, match=said):
             export(four_bits, tmp_path / target)
     with pytest.raises(UsageError, match="no exporter 'onnx': there are gguf"):
@@ -179,4 +183,4 @@ def test_the_command(four_bits: Path, tmp_path: Path) -> None:
     assert '"quantized weights"' in (tmp_path / "figures.json").read_text()
     again = command("export", four_bits, tmp_path / "out.gguf")
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr

@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's file of a whole model: weights in blocks, the model's numbers, the tokenizer."""
+"""GGUF, llama.cpp's model file: weights in blocks, the model's numbers, the tokenizer."""
 
 from lrquant.export.gguf.writer import export_gguf
 

@@ -28,8 +28,8 @@ def pack(weight: QuantizedWeight, bits: int, known: BlockFormat) -> NDArray[np.u
     scale = weight.scale.float().repeat_interleave(width // BLOCK // weight.scale.shape[1], dim=1)
     if not torch.equal(scale.half().float(), scale):
         raise UsageError(
-            f"scales of {str(weight.scale.dtype).removeprefix('torch.')} precision, which llama.cpp's float16 does not "
-            "hold; quantize a copy of the model in bfloat16 or float16"
+            f"scales of {str(weight.scale.dtype).removeprefix('torch.')} precision, which do not fit llama.cpp's "
+            "float16; quantize a copy of the model in bfloat16 or float16"
         )
     integers = weight.codes.to(torch.int16).reshape(rows, -1, BLOCK)
     fields = [_bytes(scale.half())]

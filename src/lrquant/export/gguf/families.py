@@ -15,7 +15,7 @@ from lrquant.errors import UsageError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-MOST_EXACT = "llama.cpp would compute something else"
+MOST_EXACT = "llama.cpp computes something different"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def family_of(config: Any) -> GgufFamily:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UsageError(f"{config.model_type}: not exported to GGUF; there are {', '.join(FAMILIES)}")
+        raise UsageError(f"{config.model_type}: GGUF export does not support it; it supports {', '.join(FAMILIES)}")
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation not in family.activation:
         raise UsageError(f"activation {activation} of a {config.model_type} model: {MOST_EXACT}")

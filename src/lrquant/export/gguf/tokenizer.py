@@ -57,11 +57,13 @@ def describe_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
 
     loaded = load_tokenizer(str(folder))
     if getattr(loaded, "backend_tokenizer", None) is None:
-        raise UsageError(f"{folder}: its tokenizer has no tokenizer.json, which GGUF's is made from")
+        raise UsageError(f"{folder}: its tokenizer has no tokenizer.json, which the GGUF export needs")
     tokenizer = json.loads(loaded.backend_tokenizer.to_str())
     model = tokenizer["model"]
     if model.get("type") != "BPE":
-        raise UsageError(f"{folder}: a tokenizer of type {model.get('type')}; GGUF gets byte-pair encodings")
+        raise UsageError(
+            f"{folder}: a tokenizer of type {model.get('type')}; the GGUF export supports byte-pair encodings"
+        )
     pieces = bool(model.get("byte_fallback"))
     tokens, types = _tokens(folder, tokenizer, rows)
     if pieces:
@@ -156,7 +158,7 @@ def _split_name(folder: Path, tokenizer: dict[str, Any]) -> str:
     name = SPLITS.get((tuple(steps), whole))
     if name is None:
         raise UsageError(
-            f"{folder}: a tokenizer that splits text by {' and '.join(steps)}: llama.cpp's name is unknown"
+            f"{folder}: a tokenizer that splits text by {' and '.join(steps)}: llama.cpp's name for it is unknown"
         )
     return name
 

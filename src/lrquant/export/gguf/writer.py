@@ -77,7 +77,7 @@ def export_gguf(folder: Path, target: Path, dtype: str = "f16") -> Exported:
     if stored.quantized:
         most = max(errors)
         facts["quantized weights"] = (
-            f"off by {most:.1e} of a linear's largest at most" if most else "equal, all of them"
+            f"off by at most {most:.1e} of a linear's largest weight" if most else "equal, all of them"
         )
     return Exported(target, target.stat().st_size, facts, tuple(_notes(planner, plan)))
 
@@ -87,11 +87,11 @@ def _check_plain(stored: StoredWeights) -> None:
     if stored.quantization.get("quant_method") == "lrquant":
         raise UsageError(
             f"{stored.folder}: needs lrquant to run (added biases, or inputs transformed at run time), which llama.cpp "
-            "does not have; quantize with --shift off and without --rotate down"
+            "does not support; quantize with --shift off and without --rotate down"
         )
     method = stored.quantization.get("quant_method")
     if method not in (None, "compressed-tensors"):
-        raise UsageError(f"{stored.folder}: quantized by {method}; only compressed-tensors checkpoints are exported")
+        raise UsageError(f"{stored.folder}: quantized by {method}; only compressed-tensors checkpoints can be exported")
 
 
 def _architecture(family: GgufFamily) -> str:
@@ -171,7 +171,7 @@ class _Planner:
             values = self.stored.tensor(name).float()
             values = (values if order is None else values[order]) + offset
             if kind == "F16" and not torch.isfinite(values.half()).all():
-                raise UsageError(f"{name}: values beyond float16's range; take --dtype bf16")
+                raise UsageError(f"{name}: values beyond float16's range; use --dtype bf16")
             return quantize(values.numpy(), GGMLQuantizationType[kind]), 0.0
 
         return _Planned(found, kind, shape, read)
@@ -180,7 +180,9 @@ class _Planner:
 def _check_error(linear: str, error: float, known: BlockFormat) -> None:
     most = MOST_ERROR if known.minimum else 0.0
     if error > most:
-        raise LrquantError(f"{linear}: {known.name} misses its weights by {error:.1e} of the largest, more than {most}")
+        raise LrquantError(
+            f"{linear}: {known.name} deviates from its weights by {error:.1e} of the largest, more than {most}"
+        )
 
 
 def _values(weight: QuantizedWeight) -> NDArray[np.float32]:
@@ -264,17 +266,21 @@ def _notes(planner: _Planner, plan: list[_Planned]) -> list[str]:
     inputs = next((group["input_activations"] for group in groups if group.get("input_activations")), None)
     if inputs:
         notes.append(
-            f"The checkpoint's {inputs['num_bits']}-bit activations are not in a GGUF: llama.cpp rounds activations "
-            "its own way, to 8 bits in blocks of 32 on CPUs."
+            f"The checkpoint's {inputs['num_bits']}-bit activations are not part of a GGUF file: llama.cpp rounds "
+            "activations itself, to 8 bits in blocks of 32 on CPUs."
         )
     if any(name.endswith(_CACHE) for name in stored.names):
         notes.append(
-            "The key-value cache's scales are not in a GGUF: llama-server quantizes its cache by --cache-type-k."
+            "The key-value cache's scales are not part of a GGUF file: "
+            "llama-server quantizes its cache with --cache-type-k."
         )
     odd = [tensor.name for tensor in plan if tensor.type == "F32" and len(tensor.shape) == 2]
     if stored.quantized and odd:
         notes.append(f"{len(odd)} weights are float32: {BLOCK} does not divide their width.")
     context = context_length(config, planner.family)
     if context < config.max_position_embeddings:
-        notes.append(f"The context ends at {context} tokens: llama.cpp has no sliding windows for {config.model_type}.")
+        notes.append(
+            f"The context is limited to {context} tokens: "
+            f"llama.cpp has no sliding-window attention for {config.model_type}."
+        )
     return notes

@@ -1,0 +1,1 @@
+"""Tasks for lm-eval on the bundled data."""
