@@ -1,19 +1,19 @@
-"""The recipe: everything that decides a quantized model besides the model and the text.
+"""The recipe: everything that determines a quantized model besides the model and the text.
 
-A recipe is written beside every result as `recipe.yaml` and reproduces it. Presets are the published
-methods as rows of one table: each is the same engine with parts switched on or off.
+A recipe is saved with every result as `recipe.yaml` and reproduces it. Presets are the published methods as rows of one
+table: all run in the same engine with parts switched on or off.
 
 A setting is one field of `Recipe`, declared by `lrquant.settings.setting`:
 
     window: int = setting(1, Panel.METHOD, "Neighbouring blocks that are reconstructed together", metavar="N", ge=1)
 
 That is all: `--window N` appears in the panel *Method and its parts* of `lrquant quantize --help` with its default in
-every preset, recipes may hold it, and `python scripts/cli_reference.py` puts it into `docs/cli.md`. A preset that wants
-another value names it in `PRESETS`, or in the tables behind it where that depends on the number format. Types are those
-that pydantic knows: a tuple of literals is given with commas, a tuple of strings by repeating the option; a mapping has
-no option (`option=None`). A renamed field says what it was called (`formerly="…"`), and that name stays valid.
+every preset, recipes can contain it, and `python scripts/cli_reference.py` adds it to `docs/cli.md`. A preset with
+another value has it in `PRESETS`, or in the tables after it if it depends on the number format. All types of pydantic
+are possible: a tuple of literals is given with commas, a tuple of strings by repeating the option; a mapping has no
+option (`option=None`). A renamed field gives its earlier name (`formerly="…"`), which stays valid.
 
-Nothing here imports torch, so that help is quick.
+Nothing here imports torch, so that help is fast.
 """
 
 import reprlib
@@ -403,10 +403,10 @@ class Recipe(BaseModel):
     def preset(
         cls, method: str = "lrquant", paper_exact: bool = False, format: str | None = None, **changes: Any
     ) -> "Recipe":
-        """The recipe of a published method, with `changes` to any field (None: leave the preset's).
+        """The recipe of a published method, with `changes` to any field (None: keep the preset's value).
 
-        `paper_exact` takes the paper's own setting where the evidence here favours another. `format` is the name of a
-        number format (`lrquant.formats.presets`), in place of its fields.
+        `paper_exact` uses the paper's settings where the preset has others. `format` is the name of a number format
+        (`lrquant.formats.presets`) and replaces its fields.
         """
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
@@ -415,7 +415,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def parse(cls, values: Any) -> "Recipe":
-        """A recipe from plain values; the first thing wrong is one line."""
+        """A recipe from plain values; the first invalid value is reported in one line."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -427,7 +427,7 @@ class Recipe(BaseModel):
             raise UsageError(f"{where}{value}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def changed(self, **changes: Any) -> "Recipe":
-        """A copy with `changes`, validated (None: leave as it is)."""
+        """A validated copy with `changes` (None: no change)."""
         given = {name: value for name, value in renamed(changes).items() if value is not None}
         return self.parse(self.model_dump() | given)
 
@@ -481,7 +481,7 @@ def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`values` with today's names in place of the earlier ones that fields had; a warning says each.
+    """`values` with current field names instead of earlier ones; each gives a warning.
 
     Raises:
         UsageError: both names of a field are there.
@@ -507,7 +507,7 @@ def _shown(value: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases, a few of which can stand for more data than fits into memory; no key comes twice."""
+    """Safe YAML without aliases, which could expand to more data than fits into memory, and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -94,7 +94,7 @@ def test_an_encoder_is_quantized_saved_and_measured(folder: Path, tmp_path: Path
         "lrquant", wbits=8, abits=8, calibration="zoo:pydoc", nsamples=4, seqlen=32, epochs=1, batch_size=2
     )
     quantized = lrquant.quantize(str(folder), recipe, save_dir=tmp_path / "quantized")
-    assert quantized.notes[0].endswith("proven: value->output, query*key.")
+    assert quantized.notes[0].endswith("verified: value->output, query*key.")
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval()
     original = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(5, 90, (1, 20))

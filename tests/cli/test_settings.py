@@ -82,14 +82,14 @@ def test_help_names_every_method() -> None:
     [("also", "extra", ("head",)), ("orthogonal", "rotate", ("stream",)), ("rotation", "rotation_vectors", False)],
 )
 def test_earlier_names_of_recipe_keys_stay_valid(former: str, now: str, value: Any, tmp_path: Path) -> None:
-    with pytest.warns(RenamedWarning, match=f"^{former} is called {now} now$"):
+    with pytest.warns(RenamedWarning, match=f"^{former} is now called {now}$"):
         assert getattr(Recipe.preset("lrquant+", **{former: value}), now) == value
     with pytest.warns(RenamedWarning):
         assert getattr(Recipe.preset("lrquant+").changed(**{former: value}), now) == value
     (tmp_path / "recipe.yaml").write_text(f"method: lrquant+\n{former}: {list(value) if value else 'false'}\n")
     with pytest.warns(RenamedWarning):
         assert getattr(Recipe.from_yaml(tmp_path / "recipe.yaml"), now) == value
-    with pytest.raises(UsageError, match=f"{former} is called {now}: give only one of them"):
+    with pytest.raises(UsageError, match=f"{former} is now called {now}: give only one of them"):
         Recipe.parse({former: value, now: value})
 
 
@@ -99,7 +99,7 @@ def test_earlier_names_of_options_stay_valid_and_say_the_new_one(tiny: Path, tmp
     assert done.returncode == 0, done.stderr
     recipe = Recipe.from_yaml(tmp_path / "out" / "recipe.yaml")
     assert (recipe.extra, recipe.rotate, recipe.rotation_vectors) == (("head",), ("values",), False)
-    for line in ("--also is called --extra now", "--orthogonal is called --rotate now", "--no-rotation is called"):
+    for line in ("--also is now called --extra", "--orthogonal is now called --rotate", "--no-rotation is now called"):
         assert done.stderr.count(line) == 1
 
 

@@ -55,7 +55,7 @@ def test_names_and_elements_are_taken_once() -> None:
         pass
 
     other = type(NVFP4)(Impostor(), NVFP4.scales, 16)
-    with pytest.raises(UsageError, match="alike"):
+    with pytest.raises(UsageError, match="cannot distinguish"):
         register(NamedFormat("nvfp4-too", other, other))
     assert "nvfp4-too" not in TABLE
 

@@ -55,5 +55,5 @@ def test_a_run_that_runs_out_keeps_its_blocks(tmp_path: Path, monkeypatch: pytes
         lrquant.quantize(str(tiny), recipe(), calibration=ids, save_dir=tmp_path / "out", activations="host")
     assert str(failed.value) == (
         "out of memory on the device; try, most effective first: --batch-size 1, --activations disk, --seqlen 16, "
-        "--dtype bfloat16; 1 finished block is kept: the same command goes on from there"
+        "--dtype bfloat16; 1 finished block is kept; the same command resumes there"
     )

@@ -182,7 +182,7 @@ def check_tokens(original: Original, samples: Sequence[dict[str, Any]]) -> None:
 
 
 def check_format(original: Original, recipe: Recipe) -> None:
-    """Raise unless most of the model's blocks can be quantized, and a checkpoint can store them in the recipe's format.
+    """Raise unless most of the model's blocks can be quantized, and stored in the recipe's format.
 
     Raises:
         UsageError: it names the module and the remedy.

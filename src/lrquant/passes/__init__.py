@@ -1,1 +1,1 @@
-"""What may come before, between or after the reconstruction of blocks."""
+"""Passes: work before, between or after the reconstruction of blocks."""

@@ -1,8 +1,8 @@
-"""Test-time adaptation's part of the block loop: blocks keep what they are, or are learned again where that helps.
+"""Providers for test-time adaptation: blocks keep their parameters, or are learned again where that helps.
 
-Two providers of a block's parameters (reconstruction/run.py), in place of those that restore and learn: `Present.keep`
-gives the values of a quantized checkpoint, `Present.relearn` learns from the original's weights and keeps the
-checkpoint's values where they answer better.
+Two providers of a block's parameters (reconstruction/run.py) replace those that restore and learn. `Present.keep`
+returns the values of a quantized checkpoint. `Present.relearn` learns from the original's weights, and keeps the
+checkpoint's values if those are better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Present:
         return self.keep, self.relearn
 
     def keep(self, task: BlockTask) -> BlockOutcome | None:
-        """The block as it is at present; None: it is to be learned again."""
+        """The block with the checkpoint's parameters; None: it is to be learned again."""
         if task.place.index in self.relearned:
             return None
         _, flat = task.forward.advance_full_precision(task.full_precision)
@@ -38,5 +38,5 @@ class Present:
         return BlockOutcome(present.parameters, present.static_scales, flat)
 
     def relearn(self, task: BlockTask) -> BlockOutcome:
-        """The block learned again, or as it is at present where that answers better."""
+        """The block learned again, or with the checkpoint's parameters if those are better."""
         return Learn().learned(task, self.rival(task.place.index))

@@ -1,4 +1,4 @@
-"""What a pass is: one step of a run, which a recipe asks for or not."""
+"""The Pass class: one step of a run, which a recipe can enable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Pass:
     """One step of a run.
 
     Args:
-        name: as callbacks hear it.
-        carry_out: does the work: changes the run's model, and notes what came of it in `run.result`.
-        applies: whether a resolved recipe asks for it.
+        name: as passed to callbacks.
+        carry_out: does the work: changes the run's model, and records the outcome in `run.result`.
+        applies: whether a resolved recipe needs it.
         resolve: recipe fields that it decides from the model before anything is done (`auto` becomes a value).
-        check: raises `UsageError` where the model cannot have it; nothing has been changed then.
+        check: raises `UsageError` if it does not work for the model, before anything is changed.
         needs_model: whether all blocks must be in memory at once.
-        needs_blocks: whether it needs what the block loop else gives up: every block's frozen values
+        needs_blocks: whether it needs what the block loop otherwise releases: the frozen parameters of all blocks
             (`run.result.frozen`) and the full-precision stream (`run.full_precision`).
     """
 

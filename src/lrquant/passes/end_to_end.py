@@ -1,18 +1,18 @@
-"""The whole quantized model once more: its scales and vectors, learned together for the answer that counts.
+"""End-to-end tuning: the scales and vectors of the full quantized model, learned together for its logits.
 
-Blocks are learned one after another, each for its own output. What a checkpoint holds beside integers can then be
-learned for what the model as a whole says. With q − z as the blocks left them, scales s, and norms and biases b,
+Blocks are learned one after another, each for its own output. Everything in the checkpoint except the integers can then
+be learned for the output of the full model. With fixed q − z, scales s, and norms and biases b,
 
     θ* minimises the mean over tokens of KL(p(original) ‖ p(θ))        s' = s·θ        b' = b·θ
 
-θ starts at one, and s' and b' are rounded as the checkpoint rounds them, so that what is learned is what is stored; no
-integer changes. (Training quantization parameters alone, end to end, once the blocks are done: EfficientQAT, Chen et
-al. 2024, section 3, there from labels.)
+θ starts at one. s' and b' are rounded as in the checkpoint, so that learning sees the stored values. No integer
+changes. (Training only quantization parameters end to end, after the blocks: EfficientQAT, Chen et al. 2024, section 3,
+there with labels.)
 
-The original is not needed again. Its last block's answers are the full-precision stream as the block loop leaves it;
-the model's own code behind the blocks turns them into logits. Blocks are computed anew in the backward pass: the
-activations of one at a time are held, beside the model's codes. Scales of few bits are too coarse to follow small steps
-and stay; vectors are learned there too.
+The original is not needed again: its last block's outputs are the full-precision stream at the end of the block loop,
+and the model's own code after the blocks turns them into logits. The backward pass recomputes blocks, so that the
+activations of only one are in memory, beside the model's codes. Scales with few bits are too coarse to follow small
+steps and stay fixed; vectors are learned there too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ _BATCHED = {"input_ids", "pixel_values"}  # arguments of a sample whose first di
 
 @dataclass(frozen=True)
 class Whole:
-    """A model whose blocks, at `paths`, hold their quantized values; what of them is frozen, on the CPU."""
+    """A model whose blocks, at `paths`, have their quantized values, and the frozen blocks, on the CPU."""
 
     model: nn.Module
     paths: Sequence[str]
@@ -57,9 +57,9 @@ class Whole:
 
 
 def tune(run: Run) -> tuple[list[FrozenBlock], Tuning | None]:
-    """The run's blocks with tuned scales and vectors, whose values the model holds then; and how it went.
+    """Tune the scales and vectors of the run's blocks, and give the model their values; also returns the outcome.
 
-    Activations are being quantized. A model that answers without logits stays as it is.
+    Activations are quantized meanwhile. A model without logits is left unchanged.
     """
     # `mse` stands for a loss of one term, which the divergence is.
     recipe = run.recipe.changed(epochs=run.recipe.tuning_epochs, two_branch=False, dynamic_loss=False, loss="mse")

@@ -1,18 +1,18 @@
-"""Mixed precision: how many bits the weights of each linear get, from what rounding them does, under a size budget.
+"""Mixed precision: choose the bits of each linear's weights from measured errors, under a size budget.
 
-A unit is the linears of a block that share an input, which runtimes fuse and therefore want in one format. Its error
-at n bits is what the full-precision block's output y loses when the unit alone is rounded to nearest, clipping chosen
+A unit is the linears of a block that share an input; runtimes fuse them, so they need the same format. Its error at n
+bits is the error of the full-precision block's output y if only this unit is rounded to nearest, with the best clipping
 for every group:
 
     error = mean over tokens of ‖y_n − y‖²/‖y‖²
 
-relative because later blocks read the residual stream through norms. Errors of different units are taken to add up.
-Then bits are spent where they buy most: from the fewest bits everywhere, the step with the largest fall of the error
-per bit of storage is taken again and again while it fits, which solves the Lagrangian of the problem exactly at every
-size on the way. A weight's size counts its share of scales and zero points as the checkpoint holds them.
+The error is relative, because later blocks read the residual stream through norms. Errors of different units are
+assumed to add up. The choice starts with the fewest bits everywhere, and repeatedly takes the step with the largest
+reduction of error per bit of storage, as long as it fits. This solves the Lagrangian of the problem exactly at every
+size along the way. The size of a weight includes its share of scales and zero points.
 
-Several ranks divide the units among them, not the samples: every error is one rank's, and the choice is the same to the
-bit on any number of them.
+Several ranks share the units, not the samples, so each error is computed by one rank, and the choice is the same for
+any number of ranks.
 """
 
 import math

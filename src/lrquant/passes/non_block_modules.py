@@ -1,4 +1,4 @@
-"""What stands outside the blocks and stays in high precision, unless it is chosen: then it is rounded to nearest.
+"""Modules outside the blocks: they are rounded to nearest if the recipe names them, otherwise left alone.
 
 | chosen | modules |
 |---|---|
@@ -35,7 +35,7 @@ def chosen_modules(model: Any, extra: Sequence[str]) -> dict[str, nn.Module]:
     """Modules that `extra` names, by their full names.
 
     Raises:
-        UsageError: the model has no such part, or its head is the embedding itself.
+        UsageError: the model has no such part, or its head is tied to the embedding.
     """
     chosen: dict[str, nn.Module] = {}
     for part in extra:

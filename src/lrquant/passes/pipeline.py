@@ -1,4 +1,4 @@
-"""The list of passes that a recipe stands for, and carrying it out.
+"""The sequence of passes of a recipe, and its execution.
 
     rotation            folds Hadamard or random rotations into the weights
     mixed precision     finds how many bits each linear gets, under a size budget
@@ -28,7 +28,7 @@ PASSES: tuple[Pass, ...] = (ROTATION, MIXED_PRECISION, BLOCKS, END_TO_END, NON_B
 
 
 def pipeline(recipe: Recipe) -> tuple[Pass, ...]:
-    """The passes that `recipe` stands for, in the order that they are carried out."""
+    """The passes that `recipe` needs, in order."""
     return tuple(each for each in PASSES if each.applies(recipe))
 
 
@@ -48,7 +48,7 @@ def resolved_by_passes(original: Original, recipe: Recipe) -> dict[str, Any]:
 
 
 def check_passes(original: Original, recipe: Recipe) -> None:
-    """Raise where a pass of `recipe` cannot be carried out on this model.
+    """Raise if a pass of `recipe` does not work for this model.
 
     Raises:
         UsageError: one line that names the option and the remedy.
@@ -58,7 +58,7 @@ def check_passes(original: Original, recipe: Recipe) -> None:
 
 
 def carry_out(run: Run, passes: Sequence[Pass] | None = None) -> Reconstruction:
-    """Carry out `passes`, those of the run's recipe unless others are given; returns what they leave behind."""
+    """Carry out `passes`, by default those of the run's recipe; returns their results."""
     for each in pipeline(run.recipe) if passes is None else passes:
         run.callback.pass_begins(each.name)
         each.carry_out(run)

@@ -1,4 +1,4 @@
-"""Rotations of a model before anything is learned, folded into its weights: the function stays as it is.
+"""Rotations, folded into a model's weights before learning; the function does not change.
 
 With hidden states as rows, h R takes the place of h between blocks, and v Q that of a head's values:
 
@@ -38,9 +38,9 @@ MOST_ROWS = 16384
 
 
 def resolve_rotation(original: Original, recipe: Recipe) -> dict[str, Any]:
-    """What `auto` stands for: `stream` and `values` where they make no checkpoint larger, nothing elsewhere.
+    """Resolve `auto`: `stream` and `values` if they do not make the checkpoint larger, otherwise nothing.
 
-    Rotated values alone bring nothing (docs/benchmarks.md).
+    Rotating only values does not help (docs/benchmarks.md).
     """
     if "auto" not in recipe.rotate:
         return {}
@@ -66,7 +66,7 @@ def check_rotation(original: Original, recipe: Recipe) -> None:
     """Raise where the model has something that the recipe's rotations cannot be folded into.
 
     Raises:
-        UsageError: it names the part and what stands in its way.
+        UsageError: it names the part and the reason.
     """
     for part in recipe.rotate:
         if not any(_allows(stage, part) for stage in original.stages):

@@ -1,4 +1,4 @@
-"""The engine: one block at a time, learn its transformation and clipping, freeze, go on.
+"""The engine: for one block at a time, learn its transformations and clipping, then freeze it.
 
-Imports nothing by itself: the command line reads `callbacks` and `records`, and shows help at once.
+It imports nothing, so that the command line can import `callbacks` and `records` and still show help at once.
 """

@@ -1,7 +1,7 @@
-"""What an observer may look at while a block is reconstructed; looking changes nothing.
+"""What a callback can inspect while a block is reconstructed.
 
-The engine tells its callback when a block begins, while both streams still hold what the block receives, when it is
-decided how to quantize it, and when it ends. What an observer computes then is its own affair (see `lrquant.report`).
+The engine calls its callback when a block begins, while both streams still hold the block's inputs, when its parameters
+have been learned, and when it ends. Inspecting a block changes nothing (see `lrquant.report`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Call = Callable[[Mapping[int, Tensor], int, Mapping[str, Tensor] | None], Tensor
 
 @dataclass(frozen=True)
 class BlockEvent:
-    """One block, how to call it, and its two streams, which the engine overwrites between begin and end."""
+    """A block, a function that runs it, and its two streams, which the engine overwrites before the block ends."""
 
     index: int
     path: str

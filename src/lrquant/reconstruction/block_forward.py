@@ -1,4 +1,4 @@
-"""Calls of one block on the samples of a stream: with its own weights, or with weights made from learnables."""
+"""Run one block on the samples of a stream, with its own weights or with weights that learnables give."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ def split_samples(output: Tensor, samples: int) -> Sequence[Tensor]:
 
 @dataclass
 class BlockForward:
-    """Calls of one block on the samples of a stream, which are this rank's own."""
+    """Runs one block on this rank's samples of a stream."""
 
     block: nn.Module
     index: int
@@ -88,7 +88,7 @@ class BlockForward:
     def outputs(
         self, stream: Sequence[Tensor], store: ActivationStore, parameters: Mapping[str, Tensor] | None = None
     ) -> Stream:
-        """The block's outputs on `stream`, kept apart from it; with its own parameters unless others are given."""
+        """The block's outputs on `stream`, which is not changed; with its own parameters unless others are given."""
         result = store.stream(stream[0])
         for chosen in self._batches():
             for output in split_samples(self._call(stream, chosen, parameters), len(chosen)):
@@ -119,9 +119,9 @@ class BlockForward:
     def static_scales(
         self, stream: Stream, frozen: FrozenBlock, scheme: Scheme, storage_dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Calibrated scales, (1,) each, by the names of their tensors: after the largest that `stream` causes.
+        """Calibrated scales, (1,) each, by the names of their tensors, from the largest values that `stream` causes.
 
-        They are of linears' inputs, and of keys and values, in the block `frozen`.
+        They belong to inputs of linears, and to keys and values, in the block `frozen`.
         """
         inputs = format_of(scheme.inputs) if scheme.inputs is not None and scheme.has_static_inputs else None
         cache = None if scheme.kv_cache is None else format_of(scheme.kv_cache)
@@ -249,7 +249,7 @@ class BlockForward:
         *,
         recipe: Recipe,
     ) -> Forward:
-        """The block with `parameters` of learnables, as `learn` calls it: what the recipe's loss is made of."""
+        """The terms of the recipe's loss for the block with `parameters` from learnables, as `learn` calls it."""
 
         def forward(learnables: Learnables, chosen: Sequence[int]) -> Tensor:
             if not chosen:
@@ -267,7 +267,7 @@ class BlockForward:
         targets: Sequence[Sequence[Tensor]],
         loss: str,
     ) -> Forward:
-        """The block with `parameters`, in the form of `forward_function`; there is nothing to learn in it."""
+        """The block with fixed `parameters`, in the form of `forward_function`."""
         here = {name: tensor.to(self.device) for name, tensor in parameters.items()}
 
         def forward(_: Learnables, chosen: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
-"""Learning one block: AdamW on a handful of vectors so that the quantized block answers like the original.
+"""Learn one block: AdamW on a few vectors, so that the output of the quantized block stays close to the original's.
 
-A non-finite loss or gradient sends the learnables back to the best epoch's state with half the rates, a
-few times; a block that ends worse than it began is given its initial transformation back.
+After a non-finite loss or gradient, the learnables return to the best epoch's state and the rates are halved, a few
+times. A block that ends worse than it began gets its initial values back.
 """
 
 import math
@@ -41,7 +41,7 @@ class Learned:
 
 
 def batch_loss(forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE) -> list[Tensor]:
-    """The loss's terms over the samples `part`, the same on every rank; a rank may hold none of them."""
+    """The terms of the loss over the samples `part`, the same on every rank, even if a rank holds none of them."""
     mine = ranks.own(part)
     return [term for term in terms(ranks.mean(forward(learnables, mine), len(mine) / len(part))) if term is not None]
 
@@ -85,7 +85,7 @@ def learn(
     told: Callable[[int, float], None],
     ranks: Ranks = ALONE,
 ) -> Learned:
-    """Minimise the loss over `samples` from `initial`; `told(epoch, loss)` of every epoch.
+    """Minimise the loss over `samples`, starting from `initial`; `told(epoch, loss)` is called after every epoch.
 
     `samples` and `batch` count those of all ranks.
     """
@@ -160,7 +160,7 @@ def has_flattened(losses: Sequence[float], share: float) -> bool:
 def or_present(
     learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe, *, ranks: Ranks = ALONE
 ) -> Learned:
-    """`learned`, unless the block as it is at present answers better."""
+    """`learned`, unless the block's present parameters give a lower loss."""
     now = measure(present, {}, samples, batch, ranks)
     loss = reported(now, recipe.loss)
     learned = replace(learned, initial_loss=loss)
@@ -170,7 +170,7 @@ def or_present(
 
 
 def _balance(recipe: Recipe) -> RunningBalance | None:
-    """The dynamic loss's averages; `balanced` weighs its terms by itself."""
+    """The averages of the dynamic loss; the loss `balanced` needs none."""
     return RunningBalance() if recipe.dynamic_loss and recipe.loss != "balanced" else None
 
 

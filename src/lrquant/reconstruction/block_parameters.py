@@ -1,6 +1,6 @@
-"""A block's quantized parameters as a pure function of its learnables; the same function trains and freezes.
+"""A block's quantized parameters as a pure function of its learnables, used both for learning and for freezing.
 
-What learnables there are and what each asks of the parameters is in `lrquant.reconstruction.learnables`.
+The learnables and their effects are defined in `lrquant.reconstruction.learnables`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 
 def sharing_inputs(statistics: Mapping[str, ChannelStatistics]) -> dict[str, str]:
-    """Each linear's first companion with the same input, itself among them: runtimes fuse queries, keys and values."""
+    """For each linear, the first linear with the same input (maybe itself): runtimes fuse queries, keys and values."""
     first: dict[str, str] = {}
     for name, seen in statistics.items():
         same = (other for other in first.values() if _equal(seen.absmax, statistics[other].absmax))
@@ -38,7 +38,7 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 def gptq_offsets(
     fixed: BlockParameters, learnables: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """GPTQ's rounding offsets for the block as `learnables` leave it; `moments` are XᵀX by linear."""
+    """GPTQ's rounding offsets for the block with `learnables` applied; `moments` are XᵀX by linear."""
     rounding = RoundingOffset()
     by = prepared(fixed, rounding.left_out(learnables), torch.float32)
     return rounding.named(
@@ -57,7 +57,7 @@ def gptq_offsets(
 
 
 def _factors(edits: Edits, linear: str) -> Factors:
-    """Everything that a linear's weight is multiplied by, clipped to and offset by."""
+    """The factors, clips and offsets of a linear's weight."""
     return Factors(
         edits.row.get(linear),
         edits.column.get(linear),
@@ -69,7 +69,7 @@ def _factors(edits: Edits, linear: str) -> Factors:
 
 
 def _global_scales(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor | None]:
-    """The global scale of every weight, (1,) each; the same for weights that runtimes fuse, which have one input."""
+    """The global scale of every weight, (1,) each; weights with the same input share one, as runtimes fuse them."""
     if fixed.format is None or not fixed.format.scales.has_global:
         return dict.fromkeys(fixed.linears)
     most: dict[str, Tensor] = {}
@@ -84,14 +84,14 @@ def _global_scales(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor | N
 
 
 def _unrounded(fixed: BlockParameters, edits: Edits) -> dict[str, Tensor]:
-    """What `edits` change besides weights that are rounded: norms, biases, and the weights of routers."""
+    """The parameters that `edits` change and that are not rounded: norms, biases, and the weights of routers."""
     changed = applied(fixed.tensors, edits)
     left = [linear for linear in changed.linears if linear not in fixed.linears]
     return dict(changed.vectors) | {f"{linear}.weight": changed.written(fixed.tensors, linear) for linear in left}
 
 
 class Prepared(NamedTuple):
-    """What learnables come to before any weight is rounded: small tensors, but for what they hold for every weight."""
+    """The effect of learnables before rounding: small tensors, except those with a value for every weight."""
 
     vectors: dict[str, Tensor]  # parameter name → norm's or router's weight, or bias, as the checkpoint rounds it
     factors: dict[str, Factors]  # by linear
@@ -139,7 +139,7 @@ def quantized_parameters(
 ) -> dict[str, Tensor]:
     """The block's parameters with every linear transformed and fake-quantized, in `dtype`; differentiable.
 
-    `product`: another precision for the quantized weights, that of the matrix products.
+    `product`: the precision of matrix products, for the quantized weights, if it is another one.
     """
     if fixed.format is None:
         return {name: value.to(dtype) for name, value in transformed_parameters(fixed, learnables).items()}
@@ -148,7 +148,7 @@ def quantized_parameters(
 
 
 def transformed_parameters(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The block's parameters as `learnables` transform them, unrounded: an equivalent block's."""
+    """The block's parameters as `learnables` transform them, without rounding: those of an equivalent block."""
     return materialize(fixed.tensors, applied(fixed.tensors, edits_of(fixed, learnables)))
 
 
@@ -183,13 +183,13 @@ class FrozenBlock:
         return replace(self, weights=weights, dense={name: tensor.cpu() for name, tensor in self.dense.items()})
 
     def parameters(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
-        """As `quantized_parameters`, from what the checkpoint holds; each is made when it is asked for."""
+        """As `quantized_parameters`, but from the values of the checkpoint; each is computed on access."""
         return _Parameters(self, dtype)
 
 
 @dataclass(frozen=True)
 class _Parameters(Mapping[str, Tensor]):
-    """A frozen block's parameters. All of them at once would be a second block in memory."""
+    """A frozen block's parameters, computed on access: all of them together would be a second block in memory."""
 
     frozen: FrozenBlock
     dtype: torch.dtype
@@ -210,7 +210,7 @@ class _Parameters(Mapping[str, Tensor]):
 @timed("freeze")
 @torch.no_grad()
 def freeze(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> FrozenBlock:
-    """Codes, scales and zero points of the learned block; dense weights where a learnable fits into none of them."""
+    """Codes, scales and zero points of the learned block; dense weights if these cannot hold a learnable."""
     if fixed.format is None:
         dense = transformed_parameters(fixed, learnables)
         return FrozenBlock({}, {name: value.to(fixed.storage_dtype) for name, value in dense.items()})

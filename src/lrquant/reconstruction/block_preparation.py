@@ -1,4 +1,4 @@
-"""What a recipe makes of a block before anything is learned: its transformations, shifts and activation formats."""
+"""Prepare a block by its recipe before anything is learned: transformations, shifts and activation formats."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,10 +15,10 @@ from lrquant.transforms.bias_slots import missing_biases
 
 
 def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
-    """The family's transformations that the recipe switches on.
+    """The family's transformations that the recipe enables.
 
-    Query–key scales only matter to rounded attention and to a rounded cache. A scale between up and down
-    projections would stand before the transform at run time, not behind it.
+    Query–key scales only matter if attention or the cache is quantized. A scale between up and down projections would
+    be applied before the run-time transform, not after it.
     """
     if not recipe.let:
         return []
@@ -71,7 +71,7 @@ def check_group_size(linears: Mapping[str, nn.Linear], group_size: int | None) -
 
 
 def check_values(block: nn.Module, path: str) -> list[str]:
-    """Raise where `block` holds what no trained block holds; returns its matrices that are zero throughout.
+    """Raise if `block` has values that no trained block has; returns the names of its all-zero matrices.
 
     Raises:
         LrquantError: NaN or infinite values, or nothing but zeros in every matrix.
@@ -89,7 +89,7 @@ def check_values(block: nn.Module, path: str) -> list[str]:
 
 
 def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> None:
-    """Raise where the checkpoint's floating-point type is too narrow for what transformations have made of a block."""
+    """Raise if values of a transformed block exceed the range of the checkpoint's floating-point type."""
     for name, tensor in frozen.floating_point():
         if not torch.isfinite(tensor).all():
             kind = str(storage_dtype).removeprefix("torch.")
@@ -100,7 +100,7 @@ def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> No
 
 
 def linear_input_args(block: nn.Module, recipe: Recipe, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
-    """Activation format of every linear's input; none where activations are left alone."""
+    """Activation format of every linear's input; none if activations are not quantized."""
     return {
         module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
         for name, module in linears_of(block).items()

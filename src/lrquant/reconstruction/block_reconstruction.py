@@ -1,4 +1,4 @@
-"""Where a block gets its parameters from: `Learn` them, or `restore` what an earlier run learned.
+"""Providers of a block's parameters: `Learn` learns them, `restore` takes those of an earlier run.
 
 begin     statistics from x ← f(x; W); what stays fixed, and θ as it starts
 solve     θ* minimises loss(f(x̂; W(θ), activations quantized), targets)     rounding.py, block_optimizer.py
@@ -30,7 +30,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 
 def restore(task: BlockTask) -> BlockOutcome | None:
-    """The block as an earlier run left it; None: it is to be done."""
+    """The block as an earlier run finished it; None: it is not finished."""
     run, index = task.run, task.place.index
     found = run.journal.restore(index, task.block) if run.journal.finished(index) else None
     if found is None:
@@ -45,7 +45,7 @@ def restore(task: BlockTask) -> BlockOutcome | None:
 
 @dataclass(frozen=True)
 class Rival:
-    """Parameters that a block keeps unless what it learns answers better."""
+    """Parameters that a block keeps unless learning finds better ones."""
 
     parameters: Mapping[str, Tensor]
     static_scales: Mapping[str, Tensor] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Begun:
-    """A block before anything is learned: what stays fixed of it, and its learnables' first values."""
+    """A block before learning: its fixed parameters and the initial values of its learnables."""
 
     fixed: BlockParameters
     start: Learnables
@@ -68,8 +68,8 @@ class Learn:
     """Learns every block.
 
     Args:
-        statistics: of an earlier run, one mapping per block, in place of those of the samples.
-        start_from: learnables of an earlier run, one mapping per block, in place of their first values.
+        statistics: those of an earlier run, one mapping per block, instead of statistics of the samples.
+        start_from: learnables of an earlier run, one mapping per block, as initial values.
     """
 
     statistics: Sequence[Mapping[str, ChannelStatistics]] | None = None
@@ -79,7 +79,7 @@ class Learn:
         return self.learned(task, None)
 
     def learned(self, task: BlockTask, rival: Rival | None) -> BlockOutcome:
-        """What the block learns, or `rival` where that answers better."""
+        """The learned parameters, or `rival` if those are better."""
         run, recipe, forward = task.run, task.run.recipe, task.forward
         compiled = run.compiled
         own_targets = forward.outputs(task.quantized, run.cache) if recipe.two_branch else None
@@ -96,7 +96,7 @@ class Learn:
         return self.finish(task, begun, learned, rival=rival)
 
     def finish(self, task: BlockTask, begun: Begun, learned: Learned, *, rival: Rival | None = None) -> BlockOutcome:
-        """Freeze what was learned; static scales of activations are calibrated on x̂ as it is now."""
+        """Freeze the learned block; static activation scales are calibrated on the current x̂."""
         run = task.run
         frozen = freeze(begun.fixed, learned.learnables)
         with self.rounding(task, begun):
@@ -114,14 +114,14 @@ class Learn:
 
     @contextmanager
     def rounding(self, task: BlockTask, begun: Begun) -> Iterator[None]:
-        """Within, the block rounds its activations, and the recipe's kernels do so."""
+        """A context in which the block's activations are quantized, with the recipe's kernels."""
         run = task.run
         input_args = run.input_args(task.block, begun.flat_inputs)
         with quantized_activations(task.block, input_args, run.attention_scheme), kernels.using(run.recipe.kernels):
             yield
 
     def begin(self, task: BlockTask) -> Begun:
-        """Moves x on, and makes of the block what the recipe wants before anything is learned."""
+        """Advance x and prepare the block for learning."""
         run, index = task.run, task.place.index
         statistics, flat = task.forward.advance_full_precision(task.full_precision)
         if self.statistics is not None:
@@ -136,7 +136,7 @@ class Learn:
 
 
 def _finished(index: int, begun: Begun, learned: Learned, *, frozen: FrozenBlock) -> FinishedBlock:
-    """All that is left of a block, on the CPU; its cosine and seconds are not known yet."""
+    """The finished block, on the CPU; its cosine and seconds are not known yet."""
     record = BlockRecord(
         index,
         learned.initial_loss,

@@ -1,4 +1,4 @@
-"""Statistics of a model's blocks alone: what every linear's input looks like in full precision."""
+"""Statistics of the inputs of every linear of a model's blocks, in full precision."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 def gather_statistics(
     model: nn.Module, family: AnyFamily, samples: Sequence[dict[str, Any]], *, device: torch.device
 ) -> list[dict[str, ChannelStatistics]]:
-    """Statistics of every block's linear inputs; nothing is quantized. `samples` are keyword arguments of calls."""
+    """Statistics of the inputs of every block's linears. `samples` are keyword arguments of calls."""
     result = []
     for stage in family.stages(model):
         blocks = stage.blocks(model)

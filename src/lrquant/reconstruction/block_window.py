@@ -5,17 +5,19 @@
                                [1 2]                block 1 goes on from what it was, and stays
                                  [2 3] …
 
-A block's error is worth what the blocks behind it make of it, and later weights can make up for earlier ones. (Sliding
-windows of blocks: CBQ, Ding et al. 2023, section 3.2.) The loss is that of the last block's output:
+The blocks after it decide how much a block's error matters, and later weights can compensate for errors of earlier
+ones. (Sliding windows of blocks: CBQ, Ding et al. 2023, section 3.2.) The loss is that of the last block's output:
 
     θ* minimises loss( f_{i+w−1} ∘ … ∘ f_i (x̂; W(θ_i), …, W(θ_{i+w−1})), targets )
 
-It starts from the blocks as each is learned by itself, at a tenth of their rates, and so ends no worse than they do.
+Each block is first learned by itself. The window starts from there, with a tenth of the learning rates, so it ends no
+worse.
 
-The block loop does not know: a window is two providers of parameters (reconstruction/run.py). When the first block of
-a window has its turn, all of them are learned; the others are given their part when theirs comes. Checkpoints and
-journals hold blocks as ever; the records of a window's blocks have its losses. A window ends where its stage does. An
-interrupted run goes on with whole windows, and with what the last one left for the next (`FinishedBlock.carried`).
+The block loop does not know about windows: a window is two providers of parameters (reconstruction/run.py). When the
+loop reaches the first block of a window, all of its blocks are learned; the others receive their parameters later.
+Checkpoints and journals hold single blocks as usual, and the records of a window's blocks have its losses. A window
+never spans two stages. A resumed run continues with complete windows, and with the learnables that the last one left
+for the next (`FinishedBlock.carried`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +47,7 @@ RATE_SHARE = 0.1  # of the rates with which blocks learn by themselves
 
 
 def providers_of(recipe: Recipe, learn: Learn) -> Sequence[ParameterProvider]:
-    """Where blocks get their parameters from: the journal, else `learn`, one by one or in the recipe's windows."""
+    """The providers of a run: the journal, then `learn`, block by block or in the recipe's windows."""
     if recipe.window == 1:
         return restore, learn
     windows = LearnWindows(learn, recipe.window, recipe.window_overlap)
@@ -53,7 +55,7 @@ def providers_of(recipe: Recipe, learn: Learn) -> Sequence[ParameterProvider]:
 
 
 class BlockWindow(nn.Module):
-    """Successive blocks as one: each is given its own arguments and what the one before it returned."""
+    """Successive blocks as one module: each receives its own arguments and the output of the block before it."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class BlockWindow(nn.Module):
 
 @dataclass
 class WindowInputs(BlockInputs):
-    """Inputs of `count` successive blocks of a stage, from any of them on."""
+    """Inputs of `count` successive blocks of a stage, beginning with any of them."""
 
     count: int = 1
 
@@ -99,7 +101,7 @@ def windows_of(blocks: int, size: int, overlap: int) -> list[tuple[range, range]
 class LearnWindows:
     """Two providers of a block's parameters, `restore` and `provide`, for windows of `size` blocks with an `overlap`.
 
-    `learn` begins every block and finishes it; in between a block is learned alone, and then with its window.
+    `learn` prepares and finishes every block; in between, a block is learned by itself and then with its window.
     """
 
     learn: Learn
@@ -110,7 +112,7 @@ class LearnWindows:
     _carried: Learnables = field(default_factory=dict)  # `block index.owner.part`: what a window goes on from
 
     def restore(self, task: BlockTask) -> BlockOutcome | None:
-        """The block as an earlier run left it, where that run finished the whole window; None: it is to be done."""
+        """The block as an earlier run finished it, if that run finished the complete window; otherwise None."""
         _, stays = self._window(task)
         if not all(task.run.journal.finished(place.index) for place in stays):
             return None
@@ -121,7 +123,7 @@ class LearnWindows:
         return outcome
 
     def provide(self, task: BlockTask) -> BlockOutcome:
-        """The block's part of what its window learned."""
+        """The parameters that the block's window has learned for it."""
         index, (_, stays) = task.place.index, self._window(task)
         if index not in self._learned:
             self._learn_together(task)
@@ -139,7 +141,7 @@ class LearnWindows:
         return [places[within] for within in together], [places[within] for within in stays]
 
     def _learn_together(self, task: BlockTask) -> None:
-        """Learn the window that begins with the block of `task`, whose turn it is; x and x̂ stay where they are."""
+        """Learn the window that begins with the block of `task`; x and x̂ do not advance."""
         run, inputs, machine = task.run, task.forward.inputs, task.run.machine
         window, stays = self._window(task)
         # Where a block was found damaged after those before it were restored, the window begins with that block.
@@ -181,9 +183,9 @@ class LearnWindows:
         }
 
     def _learn_alone(self, task: BlockTask) -> None:
-        """What the block goes into its window with. Moves the task's x on.
+        """The learnables with which the block enters its window. Advances the task's x.
 
-        A block that another window has learned already goes on from that.
+        A block that another window has already learned continues from there.
         """
         run, index, forward = task.run, task.place.index, task.forward
         if index in self._begun:
@@ -244,7 +246,7 @@ class LearnWindows:
             )
 
     def _gently(self, task: BlockTask) -> Recipe:
-        """The recipe with the rates of a window, whose blocks have found their way already."""
+        """The recipe with the lower learning rates of a window, whose blocks have been learned before."""
         recipe, batch = task.run.recipe, task.forward.batch
         steps = max(1, recipe.epochs * -(-task.forward.samples // batch))
         return recipe.changed(

@@ -1,6 +1,6 @@
-"""Who is told while a run goes on; imports nothing heavy, so that the command line can show help at once.
+"""Callbacks of a run. Imports nothing heavy, so that the command line can show help at once.
 
-A run tells its callback, in this order:
+A run calls its callback in this order:
 
     pass_begins                 of every pass (lrquant.passes), by name
       measured                  mixed precision: after every block
@@ -13,8 +13,8 @@ A run tells its callback, in this order:
       tuned                     end-to-end tuning: before the first epoch, and after each
     pass_ends
 
-A block that is restored or kept as it is learns nothing, so it has no `epoch_done` and no `block_decided`; one that an
-earlier run finished and whose outputs nothing needs has `block_done` alone. Looking at a block changes nothing.
+A block that is restored or kept learns nothing, so it has no `epoch_done` and no `block_decided`. A block that an
+earlier run finished, and whose outputs are not needed, has only `block_done`. Inspecting a block changes nothing.
 """
 
 from collections.abc import Callable
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told of a run's progress; this one does nothing. The command line's shows a bar."""
+    """A callback that does nothing. That of the command line shows a progress bar."""
 
     def pass_begins(self, name: str) -> None: ...
 
     def pass_ends(self, name: str) -> None: ...
 
     def measured(self, done: int, blocks: int) -> None:
-        """Mixed precision: what rounding does to `done` of so many blocks is known."""
+        """Mixed precision: errors of `done` of `blocks` blocks have been measured."""
 
     def started(self, blocks: int, epochs: int) -> None:
-        """So many blocks are to be done, each in so many epochs (0: nothing is learned)."""
+        """Before the first of `blocks` blocks; each learns for `epochs` epochs (0: nothing is learned)."""
 
     def epoch_done(self, block: int, epoch: int, loss: float) -> None:
         """Block number `block` has learned for `epoch` + 1 epochs; `loss` is the mean of the last one."""
 
     def block_begins(self, view: "BlockEvent") -> None:
-        """The streams hold what the block is about to receive."""
+        """Both streams hold the block's inputs."""
 
     def block_decided(self, view: "BlockEvent", decided: "BlockDecision") -> None:
-        """The block still has the original's weights; x holds its outputs, x̂ what it is about to receive."""
+        """The block still has its original weights; x holds its outputs, x̂ its inputs."""
 
     def block_ends(self, view: "BlockEvent") -> None:
-        """The block is as it stays, and both streams hold its outputs."""
+        """The block has its final weights, and both streams hold its outputs."""
 
     def block_done(self, record: "BlockRecord") -> None:
         """The block's record is complete."""
 
     def tuned(self, done: int, epochs: int, loss: float | None) -> None:
-        """End-to-end tuning: `done` epochs are behind it; at 0 there is no loss yet."""
+        """End-to-end tuning: `done` epochs are finished; at 0 there is no loss yet."""
 
 
 EVENTS = tuple(name for name in vars(Callback) if not name.startswith("_"))
 
 
 class Callbacks(Callback):
-    """Tells several callbacks, in their order."""
+    """Calls several callbacks in order."""
 
     def __init__(self, *callbacks: Callback) -> None:
         self.callbacks = callbacks

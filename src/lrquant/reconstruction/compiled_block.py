@@ -1,12 +1,12 @@
 """A block's loss as one compiled graph: fake quantization fused with the model's own code, forward and backward.
 
-On a processor a step of a small block is spent between operations as much as in them. Compiled as a whole, rounding
-runs in the loops that produce what is rounded, and nothing of Python is left within a step. Blocks that differ in their
-tensors alone share a graph: it is compiled from a skeleton without weights, which every block lends its own.
+On a CPU, a step of a small block spends as much time between operations as in them. In one compiled graph, rounding is
+fused with the loops that produce its inputs, and no Python runs within a step. Blocks that differ only in their tensors
+share a graph: it is compiled from a skeleton without weights, and each block supplies its own.
 
-What decides integers (scales, clips, ranges) is computed outside, by the operations that freezing uses, and the
-arithmetic inside is that of `formats/fake_quant_math.py`: a graph rounds weights to the same integers as
-everything else.
+Everything that determines integers (scales, clips, ranges) is computed outside the graph, by the same operations as in
+freezing, and the arithmetic inside is that of `formats/fake_quant_math.py`. So a graph rounds weights to the same
+integers.
 """
 
 import copy
@@ -109,9 +109,9 @@ def _compiling() -> Iterator[None]:
 
 
 def _ask_compiler() -> None:
-    """Have PyTorch ask the C++ compiler what it can do: on a new machine seconds, in which there is other work to do.
+    """Have PyTorch probe the C++ compiler in the background, which takes seconds on a new machine.
 
-    What goes wrong here goes wrong again where it is needed, and is told there.
+    An error here is ignored, because it occurs and is reported again where the compiler is needed.
     """
     question = compat.question_to_the_cpp_compiler()
 

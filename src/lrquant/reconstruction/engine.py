@@ -3,8 +3,8 @@
     provide   x  ← f(x; W), and W' from a provider: learned, restored from the journal, or kept as it is
     advance   x̂ ← f(x̂; W')
 
-A provider that learns (block_reconstruction.py) finds θ* that minimises loss(f(x̂; W(θ)), f(x; W)) and answers with
-W' = W(θ*), its integers, scales and zero points. The loop knows none of that, nor what comes before and after it
+A provider that learns (block_reconstruction.py) finds the θ* that minimises loss(f(x̂; W(θ)), f(x; W)), and returns W'
+= W(θ*) as integers, scales and zero points. The loop does not depend on that, nor on the passes before and after it
 (lrquant.passes). The activation cache holds both streams once; a stream is overwritten sample by sample as it advances.
 """
 
@@ -29,7 +29,7 @@ from lrquant.transforms.bias_slots import add_bias_slots, missing_biases
 def reconstruct_blocks(run: Run) -> None:
     """Give every block of `run` its quantized parameters, in the order that data flows.
 
-    All ranks call this with all samples, work on their own, and come to the same blocks.
+    All ranks call this with all samples. Each works on its own samples, and all get the same blocks.
     """
     recipe, callback = run.recipe, run.callback
     run.journal.open(len(run.places))
@@ -53,13 +53,13 @@ def reconstruct_blocks(run: Run) -> None:
 
 
 def _nobody_needs(run: Run, place: BlockPlace) -> bool:
-    """Whether the block at `place` and all behind it are finished, and nobody will call the model."""
+    """Whether the block at `place` and all blocks after it are finished, and nothing needs their outputs."""
     later = range(place.index, len(run.places))
     return not run.block_source.keeps and all(run.journal.finished(index) for index in later)
 
 
 def _reconstruct(task: BlockTask) -> FinishedBlock | None:
-    """One block's turn: it takes on what the first provider that knows it answers, and both streams move on."""
+    """Reconstruct one block: it gets the parameters of the first provider that has some, and both streams advance."""
     began, run, path = time.perf_counter(), task.run, task.place.path
     run.callback.block_begins(task.event)
     answers = (provider(task) for provider in run.providers or (restore, Learn()))
@@ -81,7 +81,7 @@ def _reconstruct(task: BlockTask) -> FinishedBlock | None:
 
 
 def _advance(task: BlockTask, outcome: BlockOutcome) -> float:
-    """The block takes on its parameters, and x̂ its outputs; returns the mean cosine between the streams."""
+    """Give the block its parameters and advance x̂; returns the mean cosine similarity between the streams."""
     _replace(task.block, outcome.parameters)
     for name, scale in outcome.static_scales.items():  # from now on
         set_static_scale(task.block, name, scale)

@@ -1,4 +1,4 @@
-"""Where a block begins: what stays fixed of it while it is learned, and its learnables' first values."""
+"""The initial state of a block: its fixed parameters, and the initial values of its learnables."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +39,7 @@ def begin(
     recipe: Recipe,
     storage_dtype: torch.dtype,
 ) -> tuple[BlockParameters, Learnables, tuple[str, ...]]:
-    """(what stays fixed, what is learned as it starts, modules that were given a bias for their shifts)."""
+    """(fixed parameters, initial learnables, modules that got a bias for their shift)."""
     shifted, slots = choose_shifts(block, equivalences, recipe.shift)
     add_bias_slots(block, slots)
     fixed = fixed_of(block, path, equivalences, statistics, recipe, storage_dtype)
@@ -54,7 +54,7 @@ def frozen_again(
     recipe: Recipe,
     storage_dtype: torch.dtype,
 ) -> FrozenBlock:
-    """What an earlier run froze of `block`, which has the original's weights, from what that run had learned."""
+    """The frozen `block` of an earlier run, computed from the original's weights and that run's learnables."""
     device = next(block.parameters()).device
     add_bias_slots(block, finished.added_biases)
     fixed = fixed_of(block, path, equivalences, finished.statistics, recipe, storage_dtype)

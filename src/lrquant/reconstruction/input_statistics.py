@@ -1,8 +1,8 @@
-"""Statistics of what every linear of a block receives, gathered while a stream passes through it.
+"""Statistics of the inputs of every linear of a block, collected while a stream passes through the block.
 
-Most linears receive the same number of tokens of every sample. Experts receive what their router sends them: of them
-the extremes over all tokens are kept, and how many tokens there were. An expert that saw none takes on the statistics
-of the others together, so that it has a start; it is named in the run's notes.
+Most linears receive the same number of tokens from every sample. Experts receive the tokens that their router sends to
+them; for these, the minimum and maximum over all tokens and the number of tokens are kept. An expert without tokens
+gets the combined statistics of the others as a start, and the run's notes name it.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""What the engine tells of finished blocks, and what it can be told of those that an earlier run finished.
+"""The engine's interface to a journal of finished blocks, its own and those of an earlier run.
 
-The engine knows nothing of files. It asks a journal whether a block is finished; a finished one is run through
-with the parameters that the journal gives, which costs two forward passes and leaves both streams as learning it
-would have. The journal here remembers nothing; the one on disk is `lrquant.resume.journal`.
+The engine does not use files. It asks a journal whether a block is finished. If so, the block gets the journal's
+parameters and runs forward twice, after which both streams are the same as if it had been learned. The journal here is
+empty; the one on disk is `lrquant.resume.journal`.
 """
 
 import json
@@ -20,7 +20,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 @dataclass
 class FinishedBlock:
-    """All that is left of a block when it is done, on the CPU. Names are within the block."""
+    """A finished block, on the CPU. Names are relative to the block."""
 
     learnables: dict[str, Tensor]
     statistics: dict[str, ChannelStatistics]  # of every linear's input
@@ -68,7 +68,7 @@ class FinishedBlock:
 
 
 class Journal:
-    """Remembers nothing: every block is to be done, and frozen blocks stay in memory."""
+    """An empty journal: no block is finished, and frozen blocks stay in memory."""
 
     keeps_frozen = False  # whether frozen blocks need not be kept in memory besides
 
@@ -80,18 +80,18 @@ class Journal:
         return found()
 
     def finished(self, place: int) -> bool:
-        """Whether block number `place` need not be done again."""
+        """Whether block number `place` is finished."""
         return False
 
     def restore(self, place: int, block: nn.Module) -> tuple[FinishedBlock, Mapping[str, Tensor]] | None:
-        """The finished block and its dequantized parameters; None: it is to be done after all.
+        """The finished block and its dequantized parameters; None: it has to be done again.
 
         `block` still holds the original's parameters.
         """
         return None
 
     def summary(self, place: int) -> FinishedBlock:
-        """As `restore`, of a block that nothing needs to pass through any more."""
+        """As `restore`, for a block whose outputs are not needed any more."""
         raise LookupError(f"block {place} was not finished")
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
@@ -99,7 +99,7 @@ class Journal:
 
 
 class SharedJournal(Journal):
-    """The first rank's journal, heard by all: it alone reads and writes, and tells the others what it read."""
+    """The journal of the first rank, shared with all ranks: only the first rank reads and writes files."""
 
     keeps_frozen = True
 

@@ -1,4 +1,4 @@
-"""What is remembered of a run."""
+"""The record of a block."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -17,10 +17,10 @@ OUTCOME_WORDS: dict[str, str] = {
 
 @dataclass
 class BlockRecord:
-    """One block's story. Losses are the recipe's reconstruction loss (losses.value).
+    """The record of one block. Losses are the recipe's reconstruction loss (losses.value).
 
-    Of a loss with two terms, learning is kept where the terms' average ratio to what they were at the start is at most
-    one (losses.no_worse): the sum may then have grown, where one token's error is most of it.
+    For a loss with two terms, learning is kept if the average ratio of the terms to their initial values is at most one
+    (losses.no_worse). The sum may then have grown, if the error of one token dominates it.
     """
 
     index: int
@@ -42,7 +42,7 @@ class BlockRecord:
 
     @property
     def seconds_saved(self) -> float:
-        """What the epochs left out would have taken, as long as the others on average."""
+        """The time that the skipped epochs would have taken, estimated from the average of the others."""
         return self.seconds / max(1, len(self.epoch_losses)) * self.epochs_left
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the passes leave behind besides the model, whose blocks then hold their quantized values."""
+"""The results of the passes besides the model, whose blocks then have their quantized values."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from lrquant.transforms.statistics import ChannelStatistics
 
 @dataclass(frozen=True)
 class Rotated:
-    """What rotations changed of a model besides its weights."""
+    """Changes that rotations made to a model besides its weights."""
 
     online: tuple[str, ...] = ()  # linears (full names) whose inputs are transformed at run time
     untied: int = 0  # parameters that it has more, because embeddings and head no longer are one tensor
@@ -30,7 +30,7 @@ class NonBlockModules:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of end-to-end tuning: divergences from the original, in nats per token."""
+    """The outcome of end-to-end tuning: divergences from the original, in nats per token."""
 
     initial_loss: float
     final_loss: float
@@ -40,7 +40,7 @@ class Tuning:
 
 @dataclass
 class Reconstruction:
-    """What a run leaves behind besides the model."""
+    """The results of a run besides the model."""
 
     recipe: Recipe  # as it was carried out: what it left to the machine is decided
     block_paths: list[str]  # in the order that data flows
@@ -63,7 +63,7 @@ class Reconstruction:
         return bool(self.added_biases or self.rotated.online or self.own_layout)
 
     def add(self, path: str, finished: FinishedBlock, with_offsets: bool) -> None:
-        """Take up the block at `path`. Offsets are left out where memory must not grow with the model."""
+        """Add the block at `path`. Rounding offsets are left out if memory must not grow with the model."""
         self.learned.append(finished.learnables if with_offsets else finished.without_offsets().learnables)
         self.statistics.append(finished.statistics)
         self.records.append(finished.record)

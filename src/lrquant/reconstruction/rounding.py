@@ -1,4 +1,4 @@
-"""From a block's initial learnables to its final ones, by the recipe's way of rounding weights.
+"""Learn a block with the recipe's way of rounding weights.
 
 nearest   learn
 learned   learn, with an offset for every weight
@@ -32,7 +32,7 @@ def solve(
     place: int,
     told: Callable[[int, int, float], None],
 ) -> Learned:
-    """The learned block; `told(place, epoch, loss)` hears of every epoch."""
+    """The learned block; `told(place, epoch, loss)` is called after every epoch."""
     graph = graphs.of(run.block, fixed) if run.inputs.shared() else None
     forward = run.forward_function(fixed, stream, targets, recipe, graph)
     learned = learn(

@@ -1,4 +1,4 @@
-"""A model on its way through the passes, one block of it, and what gives a block its parameters.
+"""The state of a run, the task of one block, and the protocol of providers of parameters.
 
 Run             the model, its recipe and samples, and the services around them
 BlockTask       one block on the device, with the original's weights; both streams hold what it receives
@@ -37,15 +37,15 @@ from lrquant.transforms import Equivalence
 
 @dataclass
 class Run:
-    """A model on its way through the passes.
+    """The state of a run while its passes are carried out.
 
     Args:
         original: the full-precision model; its blocks are quantized in place.
-        recipe: resolved: nothing in it is left to be chosen.
+        recipe: the resolved recipe.
         samples: keyword arguments of single-sample calls, those of all ranks.
-        cache: where the two streams wait.
-        providers: where blocks get their parameters from, asked in this order; none: from the journal, else learned.
-        keeps_blocks: whether a later pass needs every block's frozen values and the full-precision stream.
+        cache: keeps the two streams.
+        providers: providers of blocks' parameters, in order; none: the journal, then learning.
+        keeps_blocks: whether a later pass needs the frozen parameters of all blocks and the full-precision stream.
     """
 
     original: Original
@@ -77,11 +77,11 @@ class Run:
 
     @property
     def block_source(self) -> BlockSource:
-        """Where blocks are while they are not worked on."""
+        """Keeps blocks while they are not in use."""
         return self.original.block_source
 
     def decide(self, **changes: Any) -> None:
-        """Write down what a pass has found out, such as how many bits each linear gets."""
+        """Record a decision of a pass in the recipe, such as the bits of each linear."""
         self.recipe = self.result.recipe = self.recipe.changed(**changes)
 
     @property
@@ -121,7 +121,7 @@ class Run:
 
     @contextmanager
     def activations_quantized(self, blocks: int) -> Iterator[None]:
-        """Within, the first `blocks` blocks, which are done, run with quantized activations."""
+        """A context in which the first `blocks` blocks, which are finished, run with quantized activations."""
         with ExitStack() as quantized:
             for path in self.result.block_paths[:blocks]:
                 block = self.model.get_submodule(path)
@@ -132,7 +132,7 @@ class Run:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One block, on the device with the original's weights; both streams hold what it receives."""
+    """One block on the device, with its original weights; both streams hold its inputs."""
 
     run: Run
     place: BlockPlace
@@ -159,7 +159,7 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class BlockOutcome:
-    """What a block computes with from now on, and what is to be remembered of it."""
+    """The final parameters of a block, and its record."""
 
     parameters: Mapping[str, Tensor]  # by name within the block
     static_scales: Mapping[str, Tensor]  # FrozenBlock.static_scales

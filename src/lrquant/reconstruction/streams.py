@@ -3,9 +3,9 @@
     x    what the full-precision model's blocks produce
     x̂    what the already quantized blocks produce
 
-A model with several stages (Swin's resolutions, the towers of a multimodal model) goes through the loop stage by stage.
-What enters a later stage is found by running everything before it: once in full precision before anything is changed,
-which starts x, and once with the earlier stages quantized, which starts x̂.
+The loop processes a model with several stages (Swin's resolutions, the towers of a multimodal model) stage by stage.
+The inputs of a later stage are found by running everything before it: once in full precision before anything is
+changed, which starts x, and once with the earlier stages quantized, which starts x̂.
 """
 
 from torch import nn
@@ -19,7 +19,7 @@ from lrquant.runtime.distributed import Ranks
 
 
 class Streams:
-    """Both streams of the stage that is under way, and what enters the stages to come."""
+    """Both streams of the current stage, and the inputs of later stages."""
 
     full_precision: Stream  # x
     quantized: Stream  # x̂
@@ -35,7 +35,7 @@ class Streams:
         return capture(run.model, first.stage.blocks(run.model), run.own_samples, run.cache.stream)
 
     def enter(self, first: BlockPlace) -> None:
-        """A stage begins with the block `first`; all before it are done."""
+        """Begin a stage with the block `first`; all blocks before it are finished."""
         run, self.inputs = self._run, self._inputs.pop(0)
         self.full_precision = self.inputs.hidden
         if first.index == 0:
@@ -46,7 +46,7 @@ class Streams:
         self.batch = run.recipe.batch_size if _can_be_batched(self.inputs, run.machine.ranks) else 1
 
     def task(self, place: BlockPlace, block: nn.Module) -> BlockTask:
-        """The work on `block`, which is at `place` of the stage that is under way."""
+        """The task of `block`, which is at `place` of the current stage."""
         machine = self._run.machine
         forward = BlockForward(block, place.within, self.inputs, machine.device, self.batch, machine.ranks)
         return BlockTask(self._run, place, block, forward, self.full_precision, self.quantized)

@@ -1,1 +1,1 @@
-"""What an unfinished run leaves behind, so that the same command goes on from there."""
+"""The state of unfinished runs, from which the same command resumes."""

@@ -1,8 +1,8 @@
-"""What a run depends on, as a table of short texts: an unfinished run only goes on with the same ones.
+"""The fingerprint of a run: a table of everything that it depends on. A run is only resumed with the same fingerprint.
 
-A model on disk is known by its configuration and its weight files. Up to 8 GiB they are read whole; of larger ones
-every header (names, shapes, types, offsets) and pieces spread evenly over each file, so that a 140 GB model is known
-within seconds and a fine-tuned one is told from its base.
+A model on disk is identified by its configuration and its weight files. Up to 8 GiB they are read completely. For
+larger models, every header (names, shapes, types, offsets) and pieces spread evenly over each file are read, so that
+this takes seconds for 140 GB, and a fine-tuned model is distinguished from its base.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ def identity_of(
     dtypes: Sequence[torch.dtype],
     given: Mapping[str, Any],
 ) -> dict[str, str]:
-    """`model` is `folder_digest` or `module_digest`; `given` is what else was handed in, such as statistics."""
+    """`model` is `folder_digest` or `module_digest`; `given` has other inputs, such as statistics."""
     values = {f"recipe.{name}": json.dumps(value) for name, value in recipe.model_dump(mode="json").items()}
     values |= {"model": model, "calibration samples": digest_of(samples)}
     values["precision"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -35,7 +35,7 @@ def identity_of(
 
 
 def difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """The first thing that changed, for a person; None: nothing did."""
+    """A description of the first difference; None: there is none."""
     for name in [*before, *now]:
         old, new = before.get(name), now.get(name)
         if old == new:

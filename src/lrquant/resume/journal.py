@@ -1,4 +1,4 @@
-"""Finished blocks on disk: an unfinished run's memory.
+"""The journal: finished blocks of an unfinished run, on disk.
 
     00012.safetensors   packed:NAME    the block's tensors as the checkpoint will hold them
                         buffer:NAME    what the block holds besides parameters
@@ -8,12 +8,12 @@
     bits.json           how many bits each linear gets, where that follows from measured errors
     00012.json          the checksum of that file, and the checksum of the block before it (manifest.py)
 
-The entry is written after the tensors, so a block without one is not finished. A block was learned on what the
-block before it answers; if that one is learned again and comes out differently, so must this one be. On one
-machine it comes out the same, bit for bit, and only the damaged block is redone.
+The entry is written after the tensors, so a block without one is not finished. A block was learned on the outputs of
+the block before it; if that one is learned again with a different result, this one must be learned again too. On the
+same machine, the result is the same bit for bit, and only the damaged block is done again.
 
-The hidden states are not kept: they are as large as the model, and two forward passes through the finished blocks
-give them back, where learning took sixty.
+Hidden states are not stored, because they are as large as the model. Two forward passes through the finished blocks
+restore them; learning took about sixty.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +44,7 @@ _KINDS = ("learned:", "carried:", "scale:", "absmax:", "midpoint:")  # of a fini
 
 
 class DiskJournal(Journal):
-    """Keeps finished blocks in `folder`. `damaged` says in words what was found and will be redone."""
+    """Keeps finished blocks in `folder`. `damaged` describes damaged files, whose blocks will be done again."""
 
     keeps_frozen = True
 

@@ -1,6 +1,6 @@
-"""One run at a time in a folder: a lock that the system takes back when its process dies.
+"""A lock that lets one run at a time use a folder; the system releases it when the process dies.
 
-The lock file is also the mark of a folder that lrquant made: its first word says so.
+The lock file also marks folders that lrquant created, by its first word.
 """
 
 import errno
@@ -19,7 +19,7 @@ MARK = b"lrquant "  # before the number of the process
 
 
 class Busy(UsageError):
-    """Another process works here: nothing here is ours to change."""
+    """Another process uses the folder, so nothing in it may be changed."""
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Several processes at one run, as `torchrun` starts them: who this one is, and what the others tell it.
+"""Several processes of one run, started by `torchrun`: the rank of this process, and communication with the others.
 
     torchrun --nproc-per-node 4 -m lrquant quantize …
 
-Rank r of N owns the calibration samples (and evaluation windows) whose index modulo N is r. A step's loss is made of
-means over the whole batch: each rank's part is weighted and summed over the ranks *before* anything that is not linear
-(the logarithm of NLC, running balances), so that every rank has the batch's loss, and the sum of the ranks' gradients
-is that loss's gradient. Every rank then takes the same step. One process pays nothing: `ALONE` gives back what it gets.
+Rank r of N owns the calibration samples (and evaluation windows) whose index modulo N is r. The loss of a step consists
+of means over the batch. Each rank's part is weighted and summed over the ranks *before* any nonlinear function (the
+logarithm of NLC, running averages). So every rank has the loss of the batch, and the sum of the ranks' gradients is the
+gradient of that loss. Every rank then takes the same step. With one process there is no overhead: `ALONE` returns its
+inputs.
 
-All values travel as tensors, in one order on all ranks; nothing is pickled.
+All values are sent as tensors, in the same order on all ranks; nothing is pickled.
 """
 
 import json
@@ -38,7 +39,7 @@ class LostRank(LrquantError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. `device` is where values are when they travel."""
+    """This process and the others of the run. `device` holds the values that are sent."""
 
     rank: int = 0
     world: int = 1
@@ -108,7 +109,7 @@ class Ranks:
         return holds if self.alone else int(self.sum(torch.tensor(int(holds)))) == self.world
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite `tensors` by the first rank's, so that no rank drifts away."""
+        """Overwrite `tensors` with those of the first rank, so that ranks do not diverge."""
         if self.alone:
             return
         with _together(), torch.no_grad():
@@ -205,7 +206,7 @@ _left = False
 
 
 def join(device: torch.device) -> Ranks:
-    """Meet the other ranks, or be `ALONE`. Values travel by NCCL between GPUs, else by Gloo.
+    """Connect to the other ranks, or return `ALONE`. Values are sent by NCCL between GPUs, otherwise by Gloo.
 
     Raises:
         LostRank: they are not there.
@@ -225,7 +226,7 @@ def join(device: torch.device) -> Ranks:
 
 
 def leave() -> None:
-    """Part from the other ranks: what follows is this process's own."""
+    """Disconnect from the other ranks."""
     global _left
     if dist.is_available() and dist.is_initialized():
         _left = True
@@ -234,7 +235,7 @@ def leave() -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Within, libraries see no other ranks: compressed-tensors would divide a checkpoint's unpacking among them."""
+    """A context in which libraries see no other ranks: compressed-tensors would share work among them."""
     real = dist.is_initialized
     dist.is_initialized = lambda: False
     try:

@@ -1,4 +1,4 @@
-"""The machine a run uses: its device, the processes that share the work, and what its processor is fast at."""
+"""The machine of a run: its device, the processes that share the work, and the capabilities of its processor."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lrquant.runtime.distributed import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes, in which precision, and with whom it shares the work."""
+    """The device and precision of a run, and the ranks that share its work."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32  # of the model while it runs
@@ -37,7 +37,7 @@ def has_triton() -> bool:
 
 
 def matrix_products(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Within, matrix products run in `precision` (`float32` or `bfloat16`), with sums in float32."""
+    """A context in which matrix products run in `precision` (`float32` or `bfloat16`) and accumulate in float32."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, whatever happens to the process or the machine, and their checksums.
+"""Atomic, durable writing of files, and checksums.
 
-A file is written under a temporary name, its bytes are forced to the disk, and only then it gets its name; then the
-folder, which holds the name, is forced too.
+A file is written under a temporary name and synced to disk before it gets its final name; then the folder, which holds
+the name, is synced too. So a file is complete or absent even if the process or the machine fails.
 """
 
 import hashlib

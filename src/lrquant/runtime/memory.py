@@ -1,4 +1,4 @@
-"""Memory: the peak of a piece of work, what is left to use, and giving back what is free."""
+"""Memory: measuring peaks, finding what is available, and releasing what is free."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 
 
 class PeakMemory:
-    """Counts from its creation on an accelerator; a process's own peak cannot be reset, so it is the run's."""
+    """The peak since creation on an accelerator; on the CPU it cannot be reset and is that of the process."""
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -51,11 +51,11 @@ def available_bytes() -> int:
 
 
 def keep_large_apart() -> None:
-    """Have the C library take every tensor of 1 MiB and more from the system by itself, and give it back when freed.
+    """Have the C library allocate every tensor of 1 MiB or more separately, and return it to the system when freed.
 
-    Left alone it keeps those of up to 32 MiB for later ones, which rarely fit exactly: a step of a large block takes a
-    quarter more memory, and how much depends on chance. Steps of large blocks take some four percent longer this way,
-    those of small ones a quarter.
+    By default, it keeps freed tensors of up to 32 MiB for later ones, which rarely fit exactly: a step of a large block
+    then needs up to a quarter more memory, depending on chance. This setting makes steps of large blocks about four
+    percent slower, and those of small ones a quarter.
     """
     choose = getattr(_C, "mallopt", None)  # glibc's; other allocators do so anyway
     if choose is not None:
@@ -63,10 +63,10 @@ def keep_large_apart() -> None:
 
 
 def give_back_freed() -> None:
-    """Return to the system what was freed of smaller tensors.
+    """Return freed memory of smaller tensors to the system.
 
-    Between them lie those that live on, such as learned parameters: without this every block would find less memory in
-    one piece, and take more than the one before.
+    Tensors that stay alive, such as learned parameters, lie between them. Without this, memory would become more
+    fragmented with every block, and each block would need more than the one before.
     """
     trim = getattr(_C, "malloc_trim", None)
     if trim is not None:

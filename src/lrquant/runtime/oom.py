@@ -1,4 +1,4 @@
-"""Out of memory, answered with the knobs that help, in the order that helps most."""
+"""Out-of-memory errors that name the options that help, most effective first."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from lrquant.errors import LrquantError
 
 
 def knobs(batch_size: int, seqlen: int | None, activations: str, *, dtype: torch.dtype) -> list[str]:
-    """Options that would take less memory than these settings, the most helpful first."""
+    """Options that would need less memory than these settings, most effective first."""
     found = []
     if batch_size > 1:
         found.append(f"--batch-size {batch_size // 2}")
@@ -26,7 +26,7 @@ def knobs(batch_size: int, seqlen: int | None, activations: str, *, dtype: torch
 
 @contextmanager
 def advised(options: Callable[[], list[str]]) -> Iterator[None]:
-    """Within, running out of memory is an error of one line that names `options()`."""
+    """A context in which running out of memory becomes a one-line error that names `options()`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:

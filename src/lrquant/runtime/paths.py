@@ -1,6 +1,6 @@
-"""Files that people name: read when they are regular and of a sane size, written where their paths lead.
+"""Files named by users: read only if they are regular and not too large, and written through links and into devices.
 
-A device, a FIFO or a link is never replaced by a file, and nothing is read that has no end. Imports nothing heavy.
+A device, a FIFO or a link is never replaced by a file, and endless files are not read. Imports nothing heavy.
 """
 
 import errno
@@ -44,7 +44,7 @@ def is_stream(path: Path) -> bool:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Raise before any work is spent when the file `path` that `option` names could not be written at the end.
+    """Raise before any work is done if the file `path`, given by `option`, could not be written at the end.
 
     Raises:
         UsageError: it is a folder, or cannot be made.
@@ -96,7 +96,7 @@ def reason(error: BaseException) -> str:
 
 
 def public_name(name: str) -> str:
-    """How a model, a text or a file is called in what leaves this machine: never by an absolute path.
+    """The name of a model, text or file in published output, which never contains an absolute path.
 
     A path below the working folder is given relative to it, any other by its last part; all other names stay.
     """

@@ -1,11 +1,11 @@
-"""Where a run's seconds go: parts that never overlap, so that they add up to its wall time.
+"""A profile of a run: its wall-clock time by parts, which never overlap and add up.
 
     with profiling() as profile:
         with part("steps"):
             ...
 
-A part that begins inside another pauses it. What no part names is "other". Where nothing is profiled, a part costs
-nothing but a look-up.
+A part that begins inside another pauses it. Time outside all parts is "other". Without a profile, a part costs only a
+look-up.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""What is learned of a block: a table of learnables, and what is asked of all of them together."""
+"""The table of learnables, and functions over all of them."""
 
 import importlib
 import pkgutil
@@ -33,7 +33,7 @@ _HELPERS = {"learnable", "rates"}
 
 @cache
 def table() -> tuple[Learnable, ...]:
-    """Every learnable there is, one a file of this folder, in alphabetical order."""
+    """All learnables, one per file of this folder, in alphabetical order."""
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name not in _HELPERS]
     return tuple(importlib.import_module(f"{__name__}.{name}").LEARNABLE for name in names)
 
@@ -49,7 +49,7 @@ def learnable_of(name: str) -> Learnable:
 
 
 def by_learnable(learnables: Mapping[str, Tensor]) -> dict[Learnable, Learnables]:
-    """The same tensors, apart by the learnable that they belong to."""
+    """The same tensors, grouped by learnable."""
     apart: dict[Learnable, Learnables] = {}
     for name, tensor in learnables.items():
         apart.setdefault(learnable_of(name), {})[name] = tensor
@@ -57,7 +57,7 @@ def by_learnable(learnables: Mapping[str, Tensor]) -> dict[Learnable, Learnables
 
 
 def first_values(fixed: BlockParameters, start: Start) -> Learnables:
-    """Everything that the recipe has a block learn, as it starts."""
+    """Initial values of everything that the recipe learns for a block."""
     values: Learnables = {}
     for learnable in table():
         if learnable.enabled(start.recipe) and (fixed.format is not None or not learnable.on_grid):
@@ -66,7 +66,7 @@ def first_values(fixed: BlockParameters, start: Start) -> Learnables:
 
 
 def edits_of(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> Edits:
-    """What `learnables` ask of a block's parameters. Differentiable."""
+    """The edits of a block's parameters that `learnables` make. Differentiable."""
     edits = Edits()
     for learnable, own in by_learnable(learnables).items():
         learnable.record(fixed, own, edits)
@@ -74,7 +74,7 @@ def edits_of(fixed: BlockParameters, learnables: Mapping[str, Tensor]) -> Edits:
 
 
 def parameter_groups(learnables: Mapping[str, Tensor], recipe: Recipe, steps: int) -> list[dict[str, Any]]:
-    """AdamW's groups, one a learnable, with their rates over `steps` steps."""
+    """AdamW's parameter groups, one per learnable, with their rates for `steps` steps."""
     return [
         {"params": list(own.values()), "lr": learnable.rate(recipe, steps)}
         for learnable, own in by_learnable(learnables).items()
@@ -91,5 +91,5 @@ def keep_within_bounds(learnables: Mapping[str, Tensor]) -> None:
 
 
 def without_large(learnables: Mapping[str, Tensor]) -> Learnables:
-    """`learnables` without those that hold a number for every weight."""
+    """`learnables` without those that have a value for every weight."""
     return {name: tensor for name, tensor in learnables.items() if not learnable_of(name).large}

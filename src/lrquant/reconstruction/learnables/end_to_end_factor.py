@@ -1,7 +1,6 @@
 """The factor of end-to-end tuning: multiplies a stored scale or vector once all blocks are done, and starts at one.
 
-It acts on what blocks have become, not on a block under way (passes/end_to_end), and nothing of it is saved but the
-scales and vectors that it leaves.
+It acts on finished blocks (passes/end_to_end). Only the resulting scales and vectors are saved.
 """
 
 from collections.abc import Mapping

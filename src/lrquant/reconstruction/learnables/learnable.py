@@ -1,13 +1,13 @@
-"""What a learnable is: where it starts, how it enters a block's parameters, how fast it moves, within which bounds.
+"""The Learnable class: initial values, effect on a block's parameters, learning rate and bounds.
 
-A learnable is one short file beside this one that ends in `LEARNABLE = …`; dropping a file in is all it takes. Its
-tensors are vectors or matrices of any shape. They are called `owner.part`, where the owner is a linear or a
-transformation of the block and `parts` are the learnable's own names; learned files and journals hold them under the
-same names. `docs/adding-a-learnable.md` adds one step by step.
+A learnable is one short file beside this one that ends in `LEARNABLE = …`; adding a file is enough. Its tensors are
+vectors or matrices of any shape, named `owner.part`, where the owner is a linear or a transformation of the block and
+`parts` are the learnable's own names. Files of learned parameters and journals use the same names.
+`docs/adding-a-learnable.md` adds one step by step.
 
-How tensors act is written down as `Edits` (lrquant.transforms.equivalence), which one pure function applies to the
-block: factors on rows and columns, clips, gains and offsets of the grid, whole weights in another basis, factors on
-dequantized weights, or any other parameter of the block.
+The effect of its tensors is recorded as `Edits` (lrquant.transforms.equivalence), which one pure function applies to
+the block: factors on rows and columns, clips, gains and rounding offsets, replaced weights, factors on dequantized
+weights, or any other parameter of the block.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ Learnables = dict[str, Tensor]  # `owner.part` → values
 
 @dataclass(frozen=True)
 class Start:
-    """What is known of a block when its learnables get their first values."""
+    """Information for the initial values of a block's learnables."""
 
     recipe: Recipe
     block_index: int = 0
@@ -42,9 +42,9 @@ class Learnable(ABC):
 
     Attributes:
         parts: names of its tensors for one owner.
-        on_grid: whether it only means something where weights are quantized.
-        least: the least value of a part, where it has one; it is kept after every step.
-        large: whether it holds a number for every weight, so that finished blocks in memory go without it.
+        on_grid: whether it is only used if weights are quantized.
+        least: lower bounds of parts, enforced after every step.
+        large: whether it has a value for every weight; finished blocks in memory do not keep it.
     """
 
     parts: ClassVar[tuple[str, ...]]
@@ -62,11 +62,11 @@ class Learnable(ABC):
 
     @abstractmethod
     def record(self, fixed: BlockParameters, learnables: Mapping[str, Tensor], edits: Edits) -> None:
-        """Write down in `edits` what its own tensors, `learnables`, do. Differentiable."""
+        """Record in `edits` the effect of its own tensors, `learnables`. Differentiable."""
 
     @abstractmethod
     def rate(self, recipe: Recipe, steps: int) -> float:
-        """The learning rate of AdamW over `steps` steps a block."""
+        """AdamW's learning rate for `steps` steps per block."""
 
     def owned(self, learnables: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
         """(owner, part, values) of those tensors that are its own."""

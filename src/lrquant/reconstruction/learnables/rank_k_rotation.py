@@ -1,7 +1,7 @@
 """The papers' general rotation, of rank k > 1: a dequantized weight times R = r₁ r₂, element by element.
 
-No scale can hold R, so that such a result is stored dense (Recipe.stored_scheme): a research option. Whatever the
-rank, R starts at one: the further columns of r₁ start small and random against zero rows of r₂.
+Scales cannot hold R, so the result is stored dense (Recipe.stored_scheme): a research option. R starts at one for every
+rank: the additional columns of r₁ start small and random, and the additional rows of r₂ at zero.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Learning rates by the number of AdamW's steps, unless the recipe names them."""
+"""Learning rates, which depend on the number of AdamW's steps unless the recipe sets them."""
 
 from lrquant.recipe import Recipe
 
@@ -9,32 +9,32 @@ ROUNDING_TRAVEL, MOST_ROUNDING_RATE = 2.5, 0.02
 
 
 def _growth(steps: int) -> float:
-    """How much faster than the papers' 2560 steps: (2560/steps)^¾, at most 32 times (docs/benchmarks.md).
+    """The factor relative to the papers' rates for 2560 steps: (2560/steps)^¾, at most 32 (docs/benchmarks.md).
 
-    Adam moves a parameter by about its rate per step, so fewer steps want larger ones.
+    Adam moves a parameter by about its rate per step, so fewer steps need higher rates.
     """
     return min(max(1.0, PAPER_STEPS / steps) ** RATE_POWER, MOST_RATE)
 
 
 def smoothing_rate(recipe: Recipe, steps: int) -> float:
-    """Of scales and shifts: the papers' 5e-3 over 2560 steps."""
+    """The rate of scales and shifts: the papers' 5e-3 for 2560 steps."""
     return recipe.let_lr or PAPER_LET_LR * _growth(steps)
 
 
 def clipping_rate(recipe: Recipe, steps: int) -> float:
-    """Of clipping logits: the papers' 1e-2 over 2560 steps."""
+    """The rate of clipping logits: the papers' 1e-2 for 2560 steps."""
     return recipe.lwc_lr or PAPER_LWC_LR * _growth(steps)
 
 
 def rotation_rate(recipe: Recipe, steps: int) -> float:
-    """Of factors on weights that start at one: clipping's, and never more than the papers'."""
+    """The rate of factors on weights that start at one: that of clipping, but at most the papers'."""
     return min(clipping_rate(recipe, steps), PAPER_LWC_LR)
 
 
 def rounding_rate(recipe: Recipe, steps: int) -> float:
-    """Of rounding's offsets.
+    """The rate of rounding offsets.
 
-    An offset has to be able to go from −½ to ½ within a schedule whose mean rate is half its first. More than
-    0.02 a step does harm (docs/benchmarks.md).
+    An offset must be able to move from −½ to ½ within a schedule whose mean rate is half the initial one. Rates above
+    0.02 are harmful (docs/benchmarks.md).
     """
     return recipe.rounding_lr or min(MOST_ROUNDING_RATE, ROUNDING_TRAVEL / steps)

@@ -1,6 +1,6 @@
 """Learned rounding: an offset v for every weight, added on the grid before it is rounded, q = round(w/s + z + v).
 
-GPTQ's rounding is written down as offsets too (lrquant.formats.gptq).
+GPTQ's rounding is also expressed as offsets (lrquant.formats.gptq).
 """
 
 from collections.abc import Mapping
