@@ -6,8 +6,8 @@
     model = lrquant.load("llama-w4a4")
     lrquant.evaluate(model, ["zoo:pydoc"], tokenizer=...)
 
-Names are imported on first use, so that `import lrquant` costs nothing. Importing it also teaches
-transformers, as soon as that is imported, to read checkpoints that need lrquant (see _registration).
+Names are imported on first use, so that `import lrquant` is fast. The import also registers lrquant with transformers,
+so that transformers can load checkpoints that need lrquant (see _registration).
 """
 
 from importlib import import_module

@@ -1,11 +1,11 @@
-"""Checkpoints that are only right with lrquant, and how transformers learns to read them.
+"""Registration with transformers of checkpoints that need lrquant.
 
-A shift on an RMSNorm model needs biases that its modules lack; a Hadamard transform at run time stands in the
-checkpoint's `transform_config`, which transformers (5.23) reads past; experts whose inputs are quantized, or whose
-integers have zero points, have to be linears, which they are not in transformers 5. Loaded without them such a
-checkpoint would answer nonsense, so it says so twice: its `model_type` is `lrquant`, which plain transformers refuses
-as unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes the
-original family's again, and the quantizer adds linears, biases and transforms before compressed-tensors does the rest.
+Some checkpoints need more than the model's own code: a shift on an RMSNorm model needs additional biases; a run-time
+Hadamard transform is described by the checkpoint's `transform_config`, which transformers (5.23) ignores; and experts
+with quantized inputs or with zero points must be separate linears, which they are not in transformers 5. Without these,
+such a checkpoint would give wrong results. So its `model_type` is `lrquant`, which plain transformers refuses as
+unknown, and its `quant_method` is `lrquant`. `import lrquant` registers both: the configuration becomes that of the
+original family, and the quantizer adds linears, biases and transforms before compressed-tensors does the rest.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ BASE_MODEL_TYPE = "lrquant_base_model_type"
 
 
 def register_configuration(_: Any = None) -> None:
-    """Make AutoConfig read `model_type: lrquant` as the family it stands for."""
+    """Make AutoConfig read `model_type: lrquant` as the original family."""
     from transformers import AutoConfig, PretrainedConfig
 
     class LrquantModelConfig(PretrainedConfig):

@@ -65,7 +65,7 @@ MEANS = {
 
 
 def means(output: Tensor, targets: Sequence[Tensor], kind: str) -> Tensor:
-    """The means that the loss `kind` is made of, for each target: errors or divergences, then cosines, in rows.
+    """The means that the loss `kind` consists of, for each target: errors or divergences, then cosines, in rows.
 
     (1, targets) or (2, targets), float32 at least; differentiable.
     """
@@ -88,17 +88,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def value(terms: Sequence[Tensor], kind: str) -> Tensor:
-    """What is reported of a loss: the sum of its terms; of `balanced`, their geometric mean."""
+    """The reported loss: the sum of its terms; for `balanced`, their geometric mean."""
     if kind != "balanced":
         return torch.stack(list(terms)).sum()
     return torch.stack([term.clamp_min(LEAST_TERM).log() for term in terms]).mean().exp()
 
 
 def objective(terms: Sequence[Tensor], kind: str) -> Tensor:
-    """What is minimised: the loss's value; of `balanced`, its logarithm.
+    """The objective that is minimised: the loss's value; for `balanced`, its logarithm.
 
-    The gradient ∑ ∇lossᵢ / lossᵢ (over the number of terms) then weighs relative improvements of both terms alike, from
-    the first step on and on every scale; a term at or below 1e-16 has none.
+    The gradient ∑ ∇lossᵢ / lossᵢ (over the number of terms) then weights relative improvements of both terms equally,
+    from the first step and at every scale; a term at or below 1e-16 has none.
     """
     found = value(terms, kind)
     return found.log() if kind == "balanced" else found

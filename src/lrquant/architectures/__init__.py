@@ -1,4 +1,4 @@
-"""Model families: where the blocks are, and which of their channels may be rescaled."""
+"""Model families: where the blocks are, and which of their channels can be rescaled."""
 
 from lrquant.architectures.family import (
     AnyFamily,

@@ -1,4 +1,4 @@
-"""How a model calls its blocks: every block answers a call itself for a while, and says what it was given."""
+"""Intercept a model's calls of its blocks, to record their arguments."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ class Enough(Exception):
 
 @contextmanager
 def answering(blocks: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
-    """Within, block i answers a call with `answer(i, block's own forward, hidden states, other arguments by name)`."""
+    """A context in which block i returns `answer(i, block's own forward, hidden states, other arguments by name)`."""
     originals = [block.forward for block in blocks]
     try:
         for index, block in enumerate(blocks):
@@ -32,7 +32,7 @@ def answering(blocks: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterat
 
 
 def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """(hidden states, every other argument by name) of a call of `forward`, however it was written."""
+    """(hidden states, all other arguments by name) of a call of `forward`."""
     bound = inspect.signature(forward).bind(*args, **kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -45,7 +45,7 @@ def _by_name(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
 
 
 def without_cache(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a call that remembers nothing of earlier tokens."""
+    """The keyword arguments of a call, without key–value caches."""
     kept = {name: value for name, value in arguments.items() if not _is_cache(value)}
     return kept | {"use_cache": False} if "use_cache" in kept else kept
 

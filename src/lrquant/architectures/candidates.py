@@ -1,8 +1,8 @@
-"""What a traced block may be rescaled by: transformations that its data flow suggests. Nothing here is proven.
+"""Candidate transformations of a traced block, suggested by its data flow and not yet verified.
 
-Channels are followed by their values: random float64 numbers are equal only where one was copied from the other, so
-that heads, groups and fused projections show their layout by themselves, whatever a model calls them. Where a value
-was multiplied on its way, its gradient tells by what.
+Channels are identified by their values: random float64 numbers are equal only if one is a copy of the other. So the
+layout of heads, groups and fused projections can be found whatever the model calls them. If a value was multiplied by
+something, its gradient gives the factor.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Models that no family file knows: their towers, their lists of blocks, and what each block may be rescaled by.
+"""Discovery for models without a family file: towers, lists of blocks, and the transformations of each block.
 
-Towers are what transformers itself says they are (`get_decoder`, `get_encoder`), blocks the list in a tower whose
-members hold linears. What may be rescaled is seen in one traced call of a block (candidates.py) and proven before it is
-used (proof.py), once for every kind of block: a list may mix them, as hybrids and mixtures of experts do.
+Towers come from transformers (`get_decoder`, `get_encoder`). Blocks are the list in a tower whose members contain
+linears. One traced call of a block suggests transformations (candidates.py), which are verified before they are used
+(proof.py), once for every kind of block, because hybrids and mixtures of experts have several kinds in one list.
 """
 
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "d
 
 
 def check_one_chain(config: Any) -> None:
-    """Raise where a decoder reads what an encoder hands it.
+    """Raise for a model with an encoder and a decoder.
 
     Raises:
         UsageError: with the model's type.
@@ -98,7 +98,7 @@ def _may_be_blocks(module: nn.Module) -> bool:
 
 @dataclass
 class Found:
-    """What was found of the blocks in one list: the transformations of each, and what was not understood."""
+    """The results for the blocks in one list: the transformations of each, and what could not be analysed."""
 
     equivalences: list[tuple[Equivalence, ...]]
     not_understood: dict[str, str] = field(default_factory=dict)  # class of a block → why
@@ -109,7 +109,7 @@ _found: WeakKeyDictionary[Any, dict[str, Found]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Blocks:
-    """A list of blocks in a tower, looked into when it is first asked about."""
+    """A list of blocks in a tower, analysed on first access."""
 
     model: Any
     path: str
@@ -160,7 +160,7 @@ class Blocks:
 
 
 def discover(block: nn.Module, call: Call) -> tuple[Equivalence, ...]:
-    """The transformations of `block` that hold, found on random values; `call` is what its model calls it with."""
+    """The exact transformations of `block`, found on random values; `call` has the arguments that its model passes."""
     training = block.training
     block.eval()
     try:

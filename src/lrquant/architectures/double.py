@@ -1,7 +1,7 @@
-"""Model code computed beyond rounding: whatever asks for a narrower float gets float64.
+"""Run model code in float64, even where it asks for a narrower type.
 
-Norms, softmax and rotary embeddings ask for float32 whatever they are given; two computations that are equal in exact
-arithmetic then differ by 1e-7, about as much as a small mistake does. In float64 they differ by 1e-15.
+Norms, softmax and rotary embeddings convert to float32. Two computations that are equal in exact arithmetic then differ
+by 1e-7, about as much as with a small mistake. In float64 they differ by 1e-15.
 """
 
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def _widened(value: Any) -> Any:
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Within, tensors are made in float64, and casts to narrower floats give float64."""
+    """A context in which tensors are created in float64, and casts to narrower floats give float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

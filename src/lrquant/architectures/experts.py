@@ -1,15 +1,15 @@
-"""Experts of a mixture as ordinary linears: fused 3-D parameters become views, one linear for each expert's matrix.
+"""Experts of a mixture as ordinary linears, whose weights are views of the fused 3-D parameters.
 
-transformers 5 holds the experts of a layer as `gate_up_proj` (experts, 2·width, hidden) and `down_proj` (experts,
-hidden, width), in some families transposed, interleaved, with biases or without a gate. The class says which
-(`use_experts_implementation`). Here module `…experts` keeps its class and gets a child for every expert,
+transformers 5 stores the experts of a layer as `gate_up_proj` (experts, 2·width, hidden) and `down_proj` (experts,
+hidden, width), in some families transposed, interleaved, with biases or without a gate. The class declares this
+(`use_experts_implementation`). Here, the module `…experts` keeps its class and gets a child for every expert,
 
     experts.3.gate_proj, experts.3.up_proj, experts.3.down_proj
 
-whose weights are views of the fused memory: nothing is copied, and whoever changes a view changes the fused tensor.
-From then on an expert's matrix is a linear like any other, with hooks, statistics, learnables and a name of its own,
-which is also the name under which checkpoints hold it. The forward pass goes through transformers' experts interface,
-as attention goes through its attention interface (formats/activation_quant).
+whose weights are views of the fused memory: nothing is copied, and changing a view changes the fused tensor. From then
+on, the matrix of an expert is a linear like any other, with hooks, statistics, learnables and a name of its own, which
+is also its name in checkpoints. The forward pass uses transformers' experts interface, as attention uses its attention
+interface (formats/activation_quant).
 """
 
 import re
@@ -34,7 +34,7 @@ class Expert(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether `module` holds the matrices of several experts in fused parameters and says how they lie there."""
+    """Whether `module` has the matrices of several experts in fused parameters, and declares their layout."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.ndim == 3 and hasattr(module, "is_transposed")
 
@@ -49,7 +49,7 @@ _PLAIN: dict[str, tuple[str, ...]] = {"up_proj": ("up_proj",), "down_proj": ("do
 
 
 class LinearView(nn.Linear):
-    """A linear whose memory the model's own code holds in another form."""
+    """A linear whose weight is a view of a tensor that the model's own code stores in another form."""
 
 
 def fused_layout(module: Any) -> dict[str, tuple[str, ...]]:
@@ -58,7 +58,7 @@ def fused_layout(module: Any) -> dict[str, tuple[str, ...]]:
 
 
 def separate(module: Any) -> None:
-    """Give a fused experts `module` one linear for each expert's matrix, views of what it held."""
+    """Give a fused experts `module` one linear for each expert's matrix, as views of its parameters."""
     experts = [Expert() for _ in range(module.num_experts)]
     for fused, linears in fused_layout(module).items():
         weights, biases = getattr(module, fused), getattr(module, f"{fused}_bias", None)
@@ -140,7 +140,7 @@ def _forward(
 
 
 def _answer(module: Any, number: int, x: Tensor) -> Tensor:
-    """What expert `number` makes of `x` (tokens, hidden)."""
+    """The output of expert `number` for `x` (tokens, hidden)."""
     expert = module.get_submodule(str(number))
     if module.has_gate:
         pair = expert.gate_proj(x), expert.up_proj(x)
@@ -198,9 +198,9 @@ def names_in_files(model: Any) -> dict[str, str]:
 
 @contextmanager
 def seeing_everything(block: nn.Module) -> Iterator[None]:
-    """Within, every expert of `block` computes all tokens, so that who watches its linears sees them all.
+    """A context in which every expert of `block` processes all tokens, so that hooks on its linears see all of them.
 
-    The block's output stays what the router's choice makes it.
+    The block's output still follows the router's choice.
     """
     modules = [module for module in block.modules() if are_linears(module)]
     for module in modules:

@@ -1,11 +1,11 @@
-"""What a model family declares, the table of families, and those that are found by structure.
+"""Declarations of model families, their table, and families found by discovery.
 
-A family is one short file in `families/` that defines `FAMILY`; dropping a file in is all it takes. Models without one
-are looked into (discovery.py).
+A family is one short file in `families/` that defines `FAMILY`; adding a file is enough. Models without one are
+analysed (discovery.py).
 
-The engine works on *stages*: lists of blocks that hand their hidden states on unchanged. A language model or
-a ViT is one stage; Swin is one per resolution, with a merging of patches between them; a multimodal model is
-the stages of its towers, in the order that data flows.
+The engine works on *stages*: lists of blocks, each of which passes its hidden states directly to the next. A language
+model or a ViT has one stage. Swin has one per resolution, with patch merging between them. A multimodal model has the
+stages of its towers, in the order of the data flow.
 """
 
 import importlib
@@ -24,10 +24,10 @@ from lrquant.transforms import Equivalence
 
 @dataclass(frozen=True)
 class ResidualStream:
-    """Who writes to the hidden states that a decoder's blocks hand on, so that they can be rotated.
+    """The modules that write to a decoder's residual stream, which rotation needs to know.
 
-    Who reads them is known: the linears behind a block's norms (`NormToLinears`), and the head behind the last norm.
-    Names are relative to a block (`writers`, `down`) or to what holds the list of blocks.
+    The readers are known: the linears after a block's norms (`NormToLinears`), and the head after the last norm. Names
+    are relative to a block (`writers`, `down`) or to the module that contains the list of blocks.
     """
 
     writers: tuple[str, ...]  # linears of a block whose outputs are added to the stream
@@ -59,10 +59,10 @@ class Stage:
 class Family:
     """Models that share a block's structure.
 
-    `blocks` is the path of the list of blocks as it stands in a model with a head; where the family's bare
-    model is loaded, or is a tower of a larger one, the first part of the path falls away. A `*` in it stands
-    for the numbers of successive stages, and then `equivalences` takes the stage's number besides the
-    configuration. `equivalences` gives the transformations of a block, with module names relative to it.
+    `blocks` is the path of the list of blocks in a model with a head; in a bare model, or a tower of a larger model,
+    the path lacks its first part. A `*` in it stands for the index of the stage, and `equivalences` then takes the
+    stage's index besides the configuration. `equivalences` returns the transformations of a block, with module names
+    relative to it.
     """
 
     name: str
@@ -141,7 +141,7 @@ class MultimodalFamily:
 
 @dataclass(frozen=True)
 class FoundFamily:
-    """Models of a type that has no file: their towers as transformers names them, their blocks as they are built."""
+    """Models of a type without a family file; their towers and blocks are found by discovery."""
 
     name: str
     parts: tuple[Tower, ...]
@@ -172,7 +172,7 @@ class FoundFamily:
 
 
 def found_notes(model_type: str, stages: Sequence[Stage]) -> list[str]:
-    """What was found of `stages` that no file declares, and what was not understood, a sentence each."""
+    """One sentence for each of `stages` without a family file: what was found, and what could not be analysed."""
     notes = []
     for stage in stages:
         if stage.found is None:
@@ -241,7 +241,7 @@ def family_names() -> tuple[str, ...]:
 
 
 def family_of(model: nn.Module) -> AnyFamily:
-    """The family of a transformers model: declared in a file, or found by structure.
+    """The family of a transformers model: declared in a file, or found by discovery.
 
     Raises:
         UsageError: an encoder with a decoder behind it.

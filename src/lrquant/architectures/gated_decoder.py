@@ -1,4 +1,4 @@
-"""The block that Llama made common: RMSNorm, rotary grouped-query attention, gated MLP."""
+"""Llama's kind of block: RMSNorm, rotary grouped-query attention, gated MLP."""
 
 from dataclasses import replace
 from typing import Any

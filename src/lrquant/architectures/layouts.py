@@ -1,6 +1,6 @@
-"""Which rows of a projection belong to which head: index tensors that families put into their declarations.
+"""Layouts of heads in the rows of projections: index tensors for the declarations of families.
 
-Queries are (kv_heads, group, head_dim): the `group` query heads that read one key/value head stand together.
+Queries are (kv_heads, group, head_dim): the `group` query heads of one key/value head are adjacent.
 """
 
 from typing import NamedTuple

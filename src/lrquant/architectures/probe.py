@@ -1,8 +1,8 @@
-"""A block on trial: its own code, called as its model calls it, on random values in float64.
+"""Run a block's own code on random values in float64, with the arguments that its model passes.
 
-The block's real weights are neither read nor changed, so it may as well be a skeleton without any. What it receives
-(hidden states of a few tokens, masks, rotary embeddings) comes from one pass of the model's own code through recorders
-that stand in for the blocks; the model's other parameters are random as well.
+The block's real weights are neither read nor changed, so a skeleton without weights is enough. Its inputs (hidden
+states of a few tokens, masks, rotary embeddings) come from one pass of the model's own code, in which recorders replace
+the blocks. The model's other parameters are random as well.
 """
 
 import inspect
@@ -60,7 +60,7 @@ class Call:
 
 @torch.no_grad()
 def calls_of(model: nn.Module, path: str, inputs: Mapping[str, Any]) -> list[Call]:
-    """What each block of the list at `path` receives when `model` is called with `inputs`, blocks handing on theirs.
+    """The arguments of each block of the list at `path` in a call of `model` with `inputs`; no block is computed.
 
     Raises:
         Exception: whatever the model's code raises on inputs that it cannot take.
@@ -176,7 +176,7 @@ def _names_token(name: str, value: Any) -> bool:
 
 
 def picture_inputs(config: Any) -> Sequence[dict[str, Any]]:
-    """Ways in which vision towers take a picture; the first that a tower accepts is its own."""
+    """Forms in which vision towers take an image; the first that a tower accepts is used."""
     random = torch.Generator().manual_seed(2)
 
     def noise(*shape: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which candidates hold: each is tried on a block with random scales and shifts, together with those that held before.
+"""Verify candidates: each is tried on a block with random scales and shifts, together with those verified before.
 
-A transformation holds where the block's output stays equal to rounding in float64 (about 1e-15; a wrong head, pair or
-offset changes it by percents), and where undoing any one of its changes would show: what never reaches the output
-proves nothing.
+A transformation is exact if the block's output stays equal in float64 up to rounding (about 1e-15; a wrong head, pair
+or offset changes it by percents). In addition, undoing any one of its changes must change the output: a parameter that
+never reaches the output proves nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ SHOWS = 1e-6
 
 
 def proven(probe: Probe, groups: Iterable[Sequence[Equivalence]]) -> tuple[Equivalence, ...]:
-    """Of every group the first candidate that holds, all of them together."""
+    """The first exact candidate of every group; all of them are exact together."""
     found: list[Equivalence] = []
     for group in groups:
         candidates = [_named_apart(each, found) for each in group if not _joined(each, found)]

@@ -1,10 +1,10 @@
-"""What is quantized: linears. Whatever computes a linear's product in another form becomes linears of the same memory.
+"""What is quantized: linears. Modules that compute the same in another form become linears that share their memory.
 
     fused experts (3-D)     one linear for each expert's matrix (experts.py)
     Conv1D (GPT-2)          a linear whose weight is the transposed view
 
-All else asks here which linears of a block are quantized. Routers and gates are not: what decides which experts a token
-goes to, or how much of a shared one is added, stays as it is.
+All other code gets the quantized linears of a block from here. Routers and gates, which decide which experts process a
+token or how much of a shared expert is added, are not quantized.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ from lrquant.runtime import compat
 
 
 def expose_linears(model: Any) -> None:
-    """Turn everything in `model` that is quantized as a linear into one, in place. The model's function stays."""
+    """Turn everything in `model` that is quantized as a linear into one, in place, without changing its function."""
     found = False
     for name, module in list(model.named_modules()):
         if experts.is_fused(module):
@@ -116,7 +116,7 @@ def _gates(parent: nn.Module, own: str, count: int) -> list[str]:
 def watched_inputs(
     linears: Mapping[str, nn.Module], seen: Callable[[str, Tensor], object], first: bool = False
 ) -> Iterator[None]:
-    """Within, `seen(name, input)` hears of every input of `linears`; `first`: before any other hook changes it."""
+    """A context in which `seen(name, input)` is called for every input of `linears`; `first`: before any other hook."""
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,7 @@
-"""One traced forward pass of a block: what its linears and norms received and gave, and what its attention mixed.
+"""Trace a forward pass of a block: inputs and outputs of its linears, norms and attention.
 
-Modules are seen by forward hooks. Attention is seen where it is computed: calls of scaled dot-product attention, and,
-in models that write it out, the product before a softmax (queries and keys) and the one after it (values).
+Forward hooks record modules. Attention is recorded where it is computed: in calls of scaled dot-product attention, or,
+in models that write it out, in the product before a softmax (queries and keys) and the one after it (values).
 """
 
 from collections.abc import Callable

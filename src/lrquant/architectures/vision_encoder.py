@@ -1,4 +1,4 @@
-"""The block that ViT made common: LayerNorm before each sublayer, separate q, k, v, a two-layer MLP with GELU."""
+"""ViT's kind of block: LayerNorm before each sublayer, separate q, k, v, a two-layer MLP with GELU."""
 
 from lrquant.architectures.layouts import separate, unpaired
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutput

@@ -1,10 +1,9 @@
-"""Where activations are quantized, without touching model code.
+"""Quantize activations without changing model code.
 
-Linear inputs are rounded in a forward pre-hook. Queries, keys and values are rounded in an attention
-function registered with transformers, which then calls the attention that the model would have used:
-`lrquant_sdpa` ends in SDPA, `lrquant_eager` in the model's own eager attention (Gemma 2's soft-capping
-needs it). Modules without the attribute `_SCHEME` get their attention unchanged, so a model can be left on
-these functions for good.
+A forward pre-hook quantizes the inputs of linears. An attention function registered with transformers quantizes
+queries, keys and values, and then calls the attention that the model would have used: `lrquant_sdpa` calls SDPA,
+`lrquant_eager` the model's own eager attention (which Gemma 2's soft-capping needs). In modules without the attribute
+`_SCHEME`, attention is unchanged, so a model can keep using these functions.
 """
 
 import sys
@@ -69,7 +68,7 @@ for _name, _function in (("sdpa", _sdpa), ("eager", _eager)):
 
 
 def route_attention(model: Any) -> bool:
-    """Send `model`'s attention through this file. False where the family does not use the registry."""
+    """Route `model`'s attention through this file; returns False if the family does not use the registry."""
     current = compat.attention_implementation(model)
     if current.startswith(PREFIX):
         return True
@@ -80,9 +79,9 @@ def route_attention(model: Any) -> bool:
 
 
 def set_static_scale(block: nn.Module, name: str, scale: Tensor) -> None:
-    """From now on what checkpoints call `name` within `block` has the calibrated scale `scale`, (1,).
+    """Set the calibrated scale, (1,), that checkpoints call `name` within `block`.
 
-    That is the input of a linear, `linear.input_scale`, or keys and values, `attention.k_scale` and `.v_scale`.
+    It is that of a linear's input, `linear.input_scale`, or of keys and values, `attention.k_scale` and `.v_scale`.
     """
     owner, _, kind = name.rpartition(".")
     module = vars(block.get_submodule(owner))
@@ -105,7 +104,7 @@ def cache_scales_of(block: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def watched_attention(block: nn.Module, told: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
-    """Within, `told(name, keys, values)` hears what quantized attention modules of `block` are given."""
+    """A context in which `told(name, keys, values)` is called for every quantized attention module of `block`."""
     modules = {name: module for name, module in block.named_modules() if hasattr(module, _SCHEME)}
     for name, module in modules.items():
         vars(module)[_SEEN] = lambda _, key, value, name=name: told(name, key, value)
@@ -161,7 +160,7 @@ def _rounded(
 ) -> Tensor:
     """`x` on its grid, in the precision of the product it goes into.
 
-    Under autocast what follows a product arrives in that product's precision, which is too coarse to find a grid in.
+    Under autocast, inputs arrive in the precision of the previous product, which is too coarse to compute scales.
     """
     global_scale = None if global_scale is None else global_scale.to(x.device)
     return fake_quantize(x if product is None else x.float(), format, product, global_scale)
@@ -184,7 +183,7 @@ def _input_hook(format: NumberFormat, latest: _Latest) -> Any:
 def quantized_activations(
     block: nn.Module, linears: Mapping[nn.Linear, QuantizationArgs | None], attention_scheme: AttentionScheme | None
 ) -> Iterator[None]:
-    """Within, `block` runs with quantized activations; afterwards it is as it was."""
+    """A context in which `block` runs with quantized activations."""
     modules = list(block.modules())
     handles = install(linears, modules, attention_scheme)
     try:

@@ -1,12 +1,12 @@
 """Differentiable fake quantization as one autograd function, shared by weights and activations.
 
-The formulas are in `lrquant.formats.fake_quant_math`. The forward saves its inputs and the extremes of every group, and
-nothing else; the backward recomputes the rest. Weights are passed with the diagonal scalings of an equivalent
-transformation, W' = diag(row)·W·diag(column), whose gradients are row and column sums: no transformed weight
-outlives the call.
+The formulas are in `lrquant.formats.fake_quant_math`. The forward pass saves only its inputs and the minimum and
+maximum of every group; the backward pass recomputes the rest. Weights are passed with the diagonal scalings of an
+equivalent transformation, W' = diag(row)·W·diag(column), whose gradients are row and column sums, so no transformed
+weight is kept.
 
-A group may also be a block of R × C values. Such a weight is laid out as a matrix with one row for each row of blocks
-and groups of R·C values, and everything goes on as for groups of a row (`_in_blocks`).
+A group can also be a block of R × C values. Such a weight is rearranged into a matrix with one row for each row of
+blocks and groups of R·C values, and then treated like groups of a row (`_in_blocks`).
 """
 
 from dataclasses import replace
@@ -83,7 +83,7 @@ def fake_quantize(
 
 @torch.no_grad()
 def largest_weight(weight: Tensor, factors: Factors) -> Tensor:
-    """The largest magnitude in diag(row)·W·diag(column), (): what a global scale follows."""
+    """The largest magnitude in diag(row)·W·diag(column), (), from which a global scale is computed."""
     return scaled(weight, factors, None).abs().amax()
 
 
@@ -136,7 +136,7 @@ def _from_blocks(x: Tensor, format: NumberFormat, shape: torch.Size) -> Tensor:
 
 
 class QuantizedWeight(NamedTuple):
-    """What a checkpoint holds of a linear's weight."""
+    """A linear's weight as stored in a checkpoint."""
 
     codes: Tensor  # (out, in), in one byte each: Elements.encode
     scale: Tensor  # (rows of groups, groups): NumberFormat.scale_shape

@@ -1,12 +1,11 @@
-"""Rounding that compensates (GPTQ): each weight's rounding error is made up for by the weights not yet rounded.
+"""GPTQ: weights that are not rounded yet compensate the error of each rounded weight.
 
-For a linear with inputs X (tokens, in) and H = XᵀX, the rounding of column j in the order of falling H[j, j] moves
-the columns after it by −(e_j / U[j, j])·U[j, j:], where e_j is column j's error and UᵀU = H⁻¹, U upper triangular
-(Frantar et al., GPTQ, §3, algorithm 1). Scales and zero points stay what they are, so that groups need no order.
+For a linear with inputs X (tokens, in) and H = XᵀX, the rounding of column j in the order of falling H[j, j] moves the
+columns after it by −(e_j / U[j, j])·U[j, j:], where e_j is column j's error and UᵀU = H⁻¹, U upper triangular (Frantar
+et al., GPTQ, §3, algorithm 1). Scales and zero points do not change, so groups need no particular order.
 
-The outcome is expressed as offsets v = Δw/s, what compensation has moved a weight by in units of its scale, so that
-round(clamp(w/s + z + v)) are GPTQ's integers: they go through the same rounding as learned offsets, and learning
-can start from them.
+The result is expressed as offsets v = Δw/s, the change of a weight in units of its scale, so that round(clamp(w/s + z +
+v)) are GPTQ's integers. They use the same code as learned offsets, and learning can start from them.
 """
 
 import torch

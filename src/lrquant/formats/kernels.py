@@ -1,12 +1,12 @@
-"""How the arithmetic of `fake_quant_math` runs: plain PyTorch, compiled by PyTorch, or hand-written for CUDA.
+"""Kernels for the arithmetic of `fake_quant_math`: eager PyTorch, compiled by PyTorch, or Triton for CUDA.
 
     eager      chunks of rows that fit a processor's cache, one operation after another; starts at once
     compiled   `torch.compile` fuses each direction into a few loops: many times faster, after seconds of compiling;
                from PyTorch 2.13 on, before which it is eager
     triton     one kernel per direction for CUDA (lrquant.formats.triton_kernels); for integers; else compiled
 
-All give the same x̂ bit for bit, so that a checkpoint holds the integers that training saw; gradients agree to
-rounding. `using` chooses for a while; outside it everything is eager, which is right for a few calls.
+All give the same x̂ bit for bit, so that learning and the checkpoint have the same integers; gradients agree up to
+rounding. `using` selects kernels within a context; outside it everything is eager, which is best for a few calls.
 """
 
 import functools

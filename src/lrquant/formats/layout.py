@@ -1,4 +1,4 @@
-"""How a scheme is laid out on disk, and what its loaders compute from that.
+"""How a scheme is stored on disk, and how loaders dequantize it.
 
 Integers are packed `bits` bits each (`pack-quantized`), except 8-bit weights with quantized activations, which
 are `int-quantized` as the int8 kernels want them. Asymmetric packed weights need care, because transformers

@@ -1,4 +1,4 @@
-"""A number format: which numbers there are, how a group's scale follows from its extremes, and which values share one.
+"""The NumberFormat class: the set of numbers, scales from a group's minimum and maximum, and the groups.
 
 With y in a group of scale s and zero point z:
 

@@ -1,4 +1,4 @@
-"""Where blocks are while they are not worked on: here, in memory; `lrquant.loading.offload` leaves them on disk."""
+"""Where blocks are kept while they are not in use: here in memory, in `lrquant.loading.offload` on disk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,11 +10,11 @@ from lrquant.runtime.memory import give_back_freed
 
 
 class BlockSource:
-    """All of the model is in memory, and stays there.
+    """Blocks of a model that is entirely in memory.
 
     Args:
         model: holds the blocks.
-        keeps: whether anyone will call the quantized model that is left in memory; if not, finished blocks are skipped.
+        keeps: whether the quantized model in memory will be used; if not, finished blocks are skipped.
     """
 
     def __init__(self, model: nn.Module, keeps: bool = True) -> None:
@@ -26,10 +26,10 @@ class BlockSource:
         return self.model.get_submodule(path)
 
     def release(self, path: str) -> None:
-        """The block at `path` is done with."""
+        """Release the block at `path`, which is finished."""
 
     def alter(self, path: str, change: Callable[[nn.Module], None]) -> None:
-        """Have `change` done to the module at `path`, once, before anyone sees its weights."""
+        """Apply `change` to the module at `path`, once, before its weights are used."""
         change(self.model.get_submodule(path))
 
     def untie(self, name: str, source: str) -> None:
@@ -41,7 +41,7 @@ class BlockSource:
 
 @contextmanager
 def held(block_source: BlockSource, path: str, device: torch.device) -> Iterator[nn.Module]:
-    """Within, the block at `path` is on `device`."""
+    """A context in which the block at `path` is on `device`."""
     block = block_source.take(path).to(device)
     try:
         yield block

@@ -1,4 +1,4 @@
-"""Reading a checkpoint back with everything its recipe asks for."""
+"""Load a checkpoint with everything that its recipe specifies."""
 
 import io
 from collections.abc import Mapping
@@ -56,14 +56,15 @@ def _in_one_dtype(model: Any) -> None:
 
 
 def load(path: str, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Any:
-    """A model from disk, the zoo or the hub; a checkpoint of lrquant's comes with its attention quantized too.
+    """Load a model from disk, the zoo or the hub; attention is quantized too in checkpoints written by lrquant.
 
-    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights and linear-input quantization. The checkpoint
-    format cannot describe per-token queries, keys and values, and this adds them; it describes a quantized key-value
-    cache, which vLLM reads, but transformers 5.24 with compressed-tensors 0.20 passes over, and this does not.
+    Plain `AutoModelForCausalLM.from_pretrained` loads the same weights, with quantized inputs of linears. The
+    checkpoint format cannot describe quantized queries, keys and values, which this function adds. It can describe a
+    quantized key-value cache, which vLLM reads and this function too, but transformers 5.24 with compressed-tensors
+    0.20 ignores it.
 
     Raises:
-        LrquantError: a weight file is damaged; lrquant's checkpoints come with checksums.
+        LrquantError: a weight file is damaged; checkpoints written by lrquant have checksums.
     """
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)

@@ -1,7 +1,6 @@
-"""Where the files of a model hold the linears that `expose_linears` makes: one expert's matrix is read at a time.
+"""Locate the linears that `expose_linears` creates in a model's files, to read one expert's matrix at a time.
 
-Files hold experts apart, one tensor a matrix, or fused in one tensor of which a slice is read; a Conv1D's weight stands
-transposed.
+Files have one tensor per expert's matrix, or fused tensors of which a slice is read. A Conv1D's weight is transposed.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The model and data-set hub when it cannot be reached: its cache, at once, instead of minutes of retries."""
+"""If the hub is unreachable, use its cache at once instead of retrying for minutes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ SECONDS = 5.0  # for the hub's first answer
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached, asked once with little patience."""
+    """Whether the hub can be reached; tried once, with a short timeout."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -22,7 +22,7 @@ def hub_answers() -> bool:
 
 @contextmanager
 def cache_if_unreachable() -> Iterator[None]:
-    """Within, data sets come from the cache alone where the hub does not answer."""
+    """A context in which data sets come only from the cache if the hub is unreachable."""
     if hub_answers():
         yield
         return

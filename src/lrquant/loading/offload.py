@@ -1,12 +1,12 @@
-"""A model that is never in memory as a whole: a skeleton without weights, and blocks read from their files one by one.
+"""A model that is never completely in memory: a skeleton without weights, and blocks that are read one by one.
 
-The skeleton is built on the meta device by transformers' own code. What stands before the blocks (embeddings, a
-vision tower that stays as it is) is read at once, for every sample passes through it; a block is read when its
-turn comes and dropped when it is done; an output head that nothing calls is read when the checkpoint is written.
+transformers' own code builds the skeleton on the meta device. Modules before the blocks (embeddings, an unquantized
+vision tower) are read at once, because every sample passes through them. A block is read when it is needed and dropped
+when it is finished. An output head that is not called is read when the checkpoint is written.
 
-Tensors are found as transformers finds them (source_tensors.py), experts one matrix at a time (exposed_sources.py). A
-checkpoint of which transformers merges or splits other tensors, a model of several stages and one with parts in float32
-are loaded whole instead.
+Tensors are found as in transformers (source_tensors.py), experts one matrix at a time (exposed_sources.py). A
+checkpoint in which transformers merges or splits other tensors, a model with several stages, and one with parts in
+float32 are loaded completely instead.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,7 +98,7 @@ class OffloadedBlocks(BlockSource):
 def open_offloaded(
     name: str, dtype: torch.dtype, towers: tuple[str, ...] | None, trust_remote_code: bool
 ) -> tuple[Any, OffloadedBlocks] | None:
-    """The model `name` with its blocks on disk; None: it has to be loaded whole.
+    """The model `name` with its blocks on disk; None: it has to be loaded completely.
 
     Raises:
         LrquantError: a weight is missing from the files, or has another shape.

@@ -1,4 +1,4 @@
-"""The full-precision model that a run begins with: opened once, and looked at for what does not depend on samples."""
+"""The full-precision model of a run, and everything about it that does not depend on samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ class BlockPlace:
 
 @dataclass(frozen=True)
 class Original:
-    """A full-precision model, and what a run works on of it."""
+    """A full-precision model, and the parts of it that a run quantizes."""
 
     name: str
     model: Any  # transformers' own
@@ -93,8 +93,8 @@ def open_original(
 ) -> Original:
     """The model called `name`, computing in `dtype`.
 
-    `offload` leaves its blocks on disk until their turn, where the model allows it. `keeps`: whether anyone will call
-    the quantized model that is left in memory.
+    `offload` leaves its blocks on disk until they are needed, if the model allows it. `keeps`: whether the quantized
+    model in memory will be used.
 
     Raises:
         UsageError, LrquantError: it cannot be loaded, is quantized already, or lacks one of the recipe's towers.

@@ -180,7 +180,7 @@ def _from_pretrained(auto: Any, name: str, **options: Any) -> Any:
 
 
 def cannot_load(name: str, error: BaseException) -> LrquantError:
-    """What a stranger's files made some library raise, as one line of bounded length."""
+    """An error of a library about a model's files, as one line of limited length."""
     return LrquantError(f"{name}: cannot be loaded ({first_line(error)})")
 
 

@@ -1,8 +1,8 @@
-"""Sources that are quantized already, known by their configuration before any weight is read.
+"""Originals that are already quantized, recognised by their configuration before any weight is read.
 
-Floating-point formats (fp8, MXFP4, compressed-tensors' floats) are near enough to the original to begin from: they are
-dequantized while transformers loads them, and quantized anew. Integers of few bits are not: their rounding errors would
-be taken for the model.
+Floating-point formats (fp8, MXFP4, compressed-tensors' floats) are close enough to the original to start from:
+transformers dequantizes them when loading, and they are quantized again. Integers with few bits are refused, because
+their rounding errors would become part of the model.
 """
 
 from collections.abc import Mapping

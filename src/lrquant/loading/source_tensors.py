@@ -1,6 +1,6 @@
-"""Where a model's tensors lie in its files, found by the renamings that transformers itself applies when it loads.
+"""Locate a model's tensors in its files, with the renamings that transformers applies when loading.
 
-Nothing is passed over in silence. Every tensor of the files is one of these:
+No tensor is ignored silently. Every tensor of the files is one of these:
 
     found      a tensor of the model, or a piece of one
     carried    the class passes over it on purpose, though other loaders use it: a head that predicts several tokens

@@ -1,7 +1,7 @@
-"""A checkpoint's parameters as its files hold them: quantized weights as integers with scales and zero points.
+"""A checkpoint's parameters as stored: quantized weights as integers with scales and zero points.
 
-Nothing is dequantized, and one tensor is in memory at a time. What a linear's format is stands in the configuration's
-groups: a target that names it counts before the class `Linear`.
+Nothing is dequantized, and only one tensor is in memory at a time. The configuration's groups define the format of each
+linear; a target that names the linear takes precedence over the class `Linear`.
 """
 
 import json
@@ -27,7 +27,7 @@ class StoredWeights:
     """The parameters of the checkpoint in `folder`, by the names that its model calls them."""
 
     def __init__(self, folder: Path) -> None:
-        """Look at headers alone.
+        """Read only headers.
 
         Raises:
             UsageError: there is no checkpoint in `folder`.

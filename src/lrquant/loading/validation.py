@@ -1,9 +1,9 @@
-"""A model's folder is a stranger's until it is loaded: what it may claim is checked against what it holds.
+"""Validate an untrusted model folder: check what its files claim against what they contain.
 
-Weights are only ever read as safetensors, and code that comes with a model only runs when it was asked for; here
-are the rest of the promises. Names in an index cannot leave the folder, a configuration cannot ask for more
-layers or wider ones than the weight files have, so that building the model exhausts nothing, nor for kernels from
-the hub, which are code too. Files are regular ones of a sane size.
+Weights are only read as safetensors, and a model's own code only runs on request. In addition, names in an index cannot
+leave the folder. A configuration cannot request more or larger layers than the weight files have, so that building the
+model cannot exhaust memory, nor kernels from the hub, which are code too. Files must be regular and of a reasonable
+size.
 """
 
 import json
