@@ -44,7 +44,7 @@ def adapt(
     private: Private = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Adapt QUANTIZED to an unlabelled test set; the result is a new checkpoint, and QUANTIZED stays as it is."""
+    """Adapt QUANTIZED to an unlabelled test set. The result is a new checkpoint; QUANTIZED is not changed."""
     console.check_output(json)
     if push_to_hub:
         check_can_push(push_to_hub)

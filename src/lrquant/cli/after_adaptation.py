@@ -1,4 +1,4 @@
-"""What adapting a result to a text would bring (`--tta`): tried on copies that are thrown away."""
+"""The effect of adapting a result to each text (`--tta`), measured on temporary copies."""
 
 import tempfile
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def perplexity_after_adaptation(
     quantized: Path, reference: str, texts: Sequence[str], seqlen: int | None, limit_windows: int | None, device: str
 ) -> dict[str, "Perplexity"]:
-    """Perplexity on each of `texts` of a copy of `quantized` that was adapted to it and is then thrown away."""
+    """Perplexity on each of `texts` of a temporary copy of `quantized` that was adapted to it."""
     from lrquant.entrypoints.adapt import adapt
     from lrquant.entrypoints.evaluate import evaluate
 

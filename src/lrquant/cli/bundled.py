@@ -1,4 +1,4 @@
-"""What is shown of each bundled model: the data it is quantized and measured on, its measures, a word of its own."""
+"""The demo of each bundled model: its data, its measures, and a sample of its output."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ PROMPT = "The for statement is used to"
 
 @dataclass(frozen=True)
 class Show:
-    """One bundled model. `measure` takes a model or its path, its processor, and how many samples to look at."""
+    """One bundled model. `measure` takes a model or its path, its processor, and the number of samples."""
 
     recipe: Mapping[str, Any]
     learning: Mapping[str, Any]  # of the methods that learn

@@ -1,4 +1,4 @@
-"""`lrquant compare`: several results as one table."""
+"""`lrquant compare`: a table of several results."""
 
 from pathlib import Path
 from typing import Annotated

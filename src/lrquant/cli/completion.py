@@ -1,4 +1,4 @@
-"""What the shell offers behind <TAB>: names that are known without loading anything heavy."""
+"""Shell completion: names that are known without heavy imports."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def _starting(incomplete: str, names: list[str]) -> list[str]:
 
 
 def model_names(incomplete: str) -> list[str]:
-    """The zoo's models, and folders that hold one."""
+    """Bundled models, and folders with models."""
     zoo = [f"zoo:{path.name}" for path in sorted(_ZOO_MODELS.iterdir()) if path.is_dir()]
     return _starting(incomplete, [*zoo, *(str(path.parent) for path in sorted(Path.cwd().glob("*/config.json")))])
 

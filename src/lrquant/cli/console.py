@@ -1,7 +1,7 @@
-"""Everything printed for people: results on standard output, progress and errors on standard error.
+"""All output for people: results on standard output, progress and errors on standard error.
 
-`--quiet` leaves results and errors; `--log-file` gets all of it as plain lines with the time, whatever is shown.
-Colour and moving bars are rich's decision: none without a terminal, no colour under NO_COLOR.
+`--quiet` shows only results and errors. `--log-file` receives everything as plain lines with the time. rich decides
+about colour and progress bars: none without a terminal, no colour with NO_COLOR.
 """
 
 import json
@@ -45,7 +45,7 @@ def speaks() -> bool:
 
 @contextmanager
 def output(quiet: bool, log_file: Path | None) -> Iterator[None]:
-    """Within, progress and notes are left out when `quiet`, and every line goes to the end of `log_file` too.
+    """A context in which progress and notes are hidden if `quiet`, and every line is also appended to `log_file`.
 
     Raises:
         UsageError: the file cannot be written.
@@ -85,7 +85,7 @@ class _Progress:
         return err.is_terminal and not self.quiet
 
     def line(self, text: str) -> None:
-        """A line for people who watch without a terminal; the log has it in any case."""
+        """A progress line for output without a terminal; the log always has it."""
         log.info("%s", text)
         if not self.quiet and not err.is_terminal:
             err.print(text, markup=False, soft_wrap=True)
@@ -104,7 +104,7 @@ def error(line: str) -> None:
 
 
 def say(line: str) -> None:
-    """A line that is no result."""
+    """Print a line that is not a result."""
     log.info("%s", line)
     if not progress.quiet:
         out.print(line, markup=False, soft_wrap=not out.is_terminal)  # a terminal breaks lines between words
@@ -136,7 +136,7 @@ def megabytes(count: float) -> str:
 
 
 def check_output(path: Path | None, option: str = "--json") -> None:
-    """Raise early when the file that `option` names could not be written at the end."""
+    """Raise early if the file given by `option` could not be written at the end."""
     if path is not None and speaks():
         check_writable(path, option)
 
@@ -145,7 +145,7 @@ def write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Write figures to `path`.
 
     Raises:
-        LrquantError: it cannot be written; the figures are printed instead.
+        LrquantError: it cannot be written; the results are printed instead.
     """
     if path is None or not speaks():
         return
@@ -238,9 +238,9 @@ def watching(title: str) -> Iterator[BlockProgress]:
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that tells (number just done, total of this piece); a plain line at the end without a terminal.
+    """A progress bar for work that reports (number just done, total); without a terminal, a plain line at the end.
 
-    Several pieces, such as texts one after another, add up.
+    Several totals, such as those of successive texts, add up.
     """
     began = time.perf_counter()
     bar = _bar()
@@ -266,7 +266,7 @@ def counting(title: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status(line: str) -> Iterator[None]:
-    """A spinner while something short goes on; a plain line without a terminal."""
+    """A spinner during short work; a plain line without a terminal."""
     began = time.perf_counter()
     if progress.moves:
         with err.status(line):

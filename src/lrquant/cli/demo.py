@@ -1,4 +1,4 @@
-"""`lrquant demo`: the whole job on a bundled model, offline, in a few minutes."""
+"""`lrquant demo`: quantize a bundled model with every method, offline, in a few minutes."""
 
 import tempfile
 import time
@@ -29,7 +29,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the calibration samples.")] = 0,
     json: JsonFile = None,
 ) -> None:
-    """Quantize a bundled model to W4A4 with every method and compare them on held-out text or pictures."""
+    """Quantize a bundled model to W4A4 with every method and compare them on held-out text or images."""
     console.check_output(json)
     if model not in SHOWS:
         raise UsageError(f"no demo for {model!r}: there are {', '.join(SHOWS)}")

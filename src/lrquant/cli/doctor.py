@@ -1,4 +1,4 @@
-"""`lrquant doctor`: what this machine can do, and what to install for the rest."""
+"""`lrquant doctor`: the capabilities of this machine, and what to install for more."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ OPTIONAL = {
 
 
 def doctor(json: JsonFile = None) -> None:
-    """Say what this machine can do: torch's build, devices, memory, bf16, packages; and what to install."""
+    """Show what this machine can do: PyTorch's build, devices, memory, bf16, packages, and what to install."""
     console.check_output(json)
     required, wrong = _required()
     with console.status("Checking this machine"):
@@ -118,7 +118,7 @@ def _memory() -> str:
 
 
 def _devices() -> list[dict[str, str]]:
-    """Every device that torch can use; bf16 as its own arithmetic unit answers."""
+    """Every device that PyTorch can use, and whether it has fast bf16."""
     import torch
 
     found = [{"device": "cpu", "name": platform.processor() or platform.machine(), "memory": "", "bf16": _cpu_bf16()}]

@@ -1,4 +1,4 @@
-"""`lrquant quantize --dry-run`: what a run would read, write, hold and take."""
+"""`lrquant quantize --dry-run`: the estimated size, memory and time of a run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

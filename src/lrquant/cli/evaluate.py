@@ -1,4 +1,4 @@
-"""`lrquant eval`: how good a model is, quantized or not."""
+"""`lrquant eval`: measure a model, quantized or not."""
 
 import time
 from typing import Annotated, Any
@@ -43,7 +43,7 @@ def evaluate(
     json: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure MODEL: perplexity on texts, lm-eval's tasks, accuracy on pictures, answers about pictures."""
+    """Measure MODEL: perplexity on texts, lm-eval's tasks, image accuracy, answers about images."""
     if not (ppl or tasks or images or vqa):
         raise UsageError(
             "nothing to measure: name a text with --ppl (wikitext2, zoo:pydoc), tasks with --tasks (piqa), "

@@ -1,4 +1,4 @@
-"""`lrquant export`: a finished checkpoint in another program's format."""
+"""`lrquant export`: convert a finished checkpoint to another program's format."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ def export(
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Write the checkpoint DIR as OUT in another format: for llama.cpp, or with dense weights."""
+    """Convert the checkpoint DIR to OUT: for llama.cpp, or with dense weights."""
     console.check_output(json)
     from lrquant.export.registry import export
 

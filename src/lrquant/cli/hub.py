@@ -1,4 +1,4 @@
-"""Uploading a result to the hub, through huggingface_hub; its own variables (HF_TOKEN, HF_HUB_OFFLINE …) decide."""
+"""Upload results to the hub by huggingface_hub, with its environment variables (HF_TOKEN, HF_HUB_OFFLINE …)."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from lrquant.errors import LrquantError, UsageError
 
 
 def check_can_push(repository: str) -> None:
-    """Raise before any work is spent when an upload could not begin."""
+    """Raise before any work is done if an upload could not begin."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -25,7 +25,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
     """Upload everything in `folder`; returns the address.
 
     Raises:
-        LrquantError: the hub refused or could not be reached; the folder is as it was.
+        LrquantError: the hub refused or could not be reached; the folder is unchanged.
     """
     from huggingface_hub import HfApi
 

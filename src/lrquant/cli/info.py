@@ -1,4 +1,4 @@
-"""`lrquant info`: what a checkpoint is, read from its configuration and the headers of its weight files alone."""
+"""`lrquant info`: facts about a checkpoint, from its configuration and the headers of its weight files."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def info(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A quantized checkpoint.")],
     json: JsonFile = None,
 ) -> None:
-    """Describe the quantized checkpoint DIR: method, format, bits, layers, and what it runs in."""
+    """Describe the quantized checkpoint DIR: method, format, bits, layers, and the programs that run it."""
     console.check_output(json)
     facts = describe(directory)
     rows = [
@@ -191,7 +191,7 @@ class _Tensor:
 def _tensors(directory: Path) -> tuple[dict[str, _Tensor], int]:
     """Every tensor from the files' headers, and the bytes of all tensors.
 
-    A packed weight's own shape is a tensor beside it, two integers, the only values that are read.
+    The shape of a packed weight is a separate tensor of two integers, the only values that are read.
     """
     files = sorted(directory.glob("*.safetensors"))
     if not files:

@@ -1,4 +1,4 @@
-"""The `lrquant` program: its commands, and the one place where errors become a line and an exit code."""
+"""The `lrquant` program: its commands, and the place where errors become one line and an exit code."""
 
 import logging
 import os
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(program: Callable[[], object]) -> None:
-    """Run a command; 0: done, 1: the work failed, 2: it was asked for wrongly, 130: interrupted, 143: terminated."""
+    """Run a command. Exit codes: 0 done, 1 failed work, 2 wrong usage, 130 interrupted, 143 terminated."""
     warnings.showwarning = _show_warning
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars would tear ours
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -102,7 +102,7 @@ def run(program: Callable[[], object]) -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    """Earlier names as one line; all other warnings are developers'."""
+    """Show warnings about earlier names as one line; other warnings are for developers."""
     if issubclass(category, RenamedWarning):
         console.err.print(f"Note: {message}", markup=False, soft_wrap=True)
     else:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and those that every working command has: how much is said, and where to."""
+"""Options that several commands share, and the output options of all commands that do work."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from lrquant.errors import LrquantError, Terminated, UsageError
 
 
 class Dtype(StrEnum):
-    """Precisions that a model may compute in."""
+    """Precisions of a model's computation."""
 
     auto = "auto"
     float32 = "float32"
@@ -66,7 +66,7 @@ class Stopped(LrquantError):
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, after whose interruption the program still says what is kept."""
+    """`command`, wrapped so that an interruption still reports what is kept."""
 
     @functools.wraps(command)
     def wrapped(*values: Any, **given: Any) -> None:
@@ -79,7 +79,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_output_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with --quiet and --log-file, in force while it runs."""
+    """`command` with the options --quiet and --log-file."""
     extra = {"quiet": (Quiet, False), "log_file": (LogFile, None)}
 
     @functools.wraps(command)

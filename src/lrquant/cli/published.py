@@ -1,7 +1,7 @@
-"""The command lines of the LRQuant papers as they stand, over the same functions as `lrquant` itself.
+"""The command lines of the LRQuant papers, implemented with the same functions as `lrquant`.
 
-Options have the published names (underscores and dashes are the same) and defaults, and the setting is the
-papers' (`Recipe.preset(…, paper_exact=True)`). Statistics and learned parameters are safetensors files.
+Options have the published names (underscores and dashes are equivalent) and defaults, with the papers' settings
+(`Recipe.preset(…, paper_exact=True)`). Statistics and learned parameters are safetensors files.
 """
 
 import logging
@@ -55,7 +55,7 @@ def statistics(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 2048,
     seed: Annotated[int, typer.Option(help="Decides the samples.")] = 2,
 ) -> None:
-    """Gather activation statistics of MODEL's linears."""
+    """Collect activation statistics of MODEL's linears."""
     from lrquant.architectures import family_of
     from lrquant.calibration import calibration_samples
     from lrquant.export.statistics_file import save_statistics_file
@@ -130,7 +130,7 @@ def quantize(
         typer.Option(metavar="FILE", help="Midpoints.", show_default=f"{SHIFTS_DIR}/MODEL.safetensors, if there"),
     ] = None,
 ) -> None:
-    """Quantize MODEL with LRQuant or LRQuant+ in the papers' setting, and evaluate it."""
+    """Quantize MODEL by LRQuant or LRQuant+ with the papers' settings, and evaluate it."""
     from lrquant.recipe import Recipe
 
     if epochs and not (let or lwc):
@@ -202,7 +202,7 @@ def _short(model: str) -> str:
 
 
 def _reachable(names: Any) -> list[str]:
-    """Those texts that can be read now; of the others a line says why not."""
+    """The texts that can be read; a line explains each of the others."""
     from lrquant.calibration import read_text
 
     found = []
@@ -233,7 +233,7 @@ def _statistics(model: str, scales: Path | None, shifts: Path | None) -> Any:
 
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    """Within, lrquant's log goes to the end of `path` too."""
+    """A context in which lrquant's log is also appended to `path`."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)

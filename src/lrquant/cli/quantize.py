@@ -1,4 +1,4 @@
-"""`lrquant quantize`: a checkpoint in, a smaller checkpoint out."""
+"""`lrquant quantize`: quantize a model and save the checkpoint."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -50,7 +50,7 @@ Examples:
 
 
 class Activations(StrEnum):
-    """Where hidden states may wait."""
+    """Where hidden states can be kept."""
 
     auto = "auto"
     device = "device"
@@ -128,7 +128,10 @@ def quantize(
     json: JsonFile = None,
     log_to: LogTo = None,
 ) -> None:
-    """Quantize MODEL and save it as a checkpoint that transformers and vLLM load."""
+    """Quantize MODEL and save it as a checkpoint that transformers and vLLM load.
+
+    Without options, it chooses a format, a method and a calibration set, and prints its choice.
+    """
     console.check_output(json)
     console.check_output(save_statistics, "--save-statistics")
     if recipe is None:
@@ -229,7 +232,7 @@ def quantize(
 
 
 def default_folder(model: str, recipe: "Recipe") -> Path:
-    """Where a result goes if nobody says: `llama-w4a16-g128` in the current folder."""
+    """The default folder of a result, such as `llama-w4a16-g128`, in the current folder."""
     name = Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2].rpartition(":")[2]
     return Path(f"{name}-{recipe.format_name.lower().replace(' ', '-')}")
 
@@ -261,7 +264,7 @@ def _completed(
 def _for_runtime(
     given: dict[str, Any], file: Path | None, format: str | None, *, runtime: str | None
 ) -> dict[str, Any]:
-    """`given`, and what else makes the result run in `runtime`; a recipe's file says which bits are asked for."""
+    """`given` with settings that make the result run in `runtime`; the bits can come from a recipe's file."""
     if runtime is None:
         return given
     from lrquant.recipe import Recipe, with_format
@@ -275,7 +278,7 @@ def _for_runtime(
 
 
 def _warn_of_unserved(recipe: "Recipe") -> None:
-    """Say before any work when no program computes with the result as it is learned."""
+    """Print a note, before any work, if no program runs the format."""
     from lrquant.runtimes.choice import nearest_served
     from lrquant.runtimes.planned import format_of_recipe
     from lrquant.runtimes.table import served
@@ -289,7 +292,7 @@ def _warn_of_unserved(recipe: "Recipe") -> None:
 
 
 def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact: bool, format: str | None) -> "Recipe":
-    """The recipe that the options stand for; `given` has the values of those that are its fields."""
+    """The recipe given by the options; `given` has the values of its fields."""
     from lrquant.recipe import Recipe, with_format
 
     method = given.pop("method", None)

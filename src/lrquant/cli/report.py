@@ -1,4 +1,4 @@
-"""`lrquant report`: make a run's report again, or hold several runs against each other."""
+"""`lrquant report`: write the report of a run again, or compare several runs."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What the commands share to leave a report beside their result."""
+"""Functions that commands share to write reports."""
 
 import shlex
 import sys
@@ -21,7 +21,7 @@ DEMO_REPORT = "lrquant-demo-report.html"
 
 
 def command_line() -> str:
-    """What was typed, without absolute paths: a report may be published."""
+    """The command line without absolute paths, because reports may be published."""
     parted = [argument.rpartition("=") for argument in sys.argv[1:]]
     return shlex.join(["lrquant", *(f"{option}{equals}{public_name(value)}" for option, equals, value in parted)])
 

@@ -1,4 +1,4 @@
-"""A finished run, as a table for people and as figures for programs."""
+"""The results of a finished run, as a table for people and as values for programs."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def show(
     original: dict[str, "Perplexity"] | None = None,
     page: Path | None = None,
 ) -> None:
-    """What a person wants to know of a finished run."""
+    """Print the results of a finished run."""
     sizes = quantized.sizes
     rows = [
         ["saved to", str(quantized.saved_to)],
@@ -72,7 +72,7 @@ def figures(
     adapted: dict[str, "Perplexity"],
     original: dict[str, "Perplexity"] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `show` shows, and the blocks' records, for programs."""
+    """Everything that `show` prints, and the records of the blocks, for programs."""
     import platform
 
     import torch

@@ -1,4 +1,4 @@
-"""What `lrquant eval` measures of models that see, and prints."""
+"""Measurements of vision models by `lrquant eval`."""
 
 import time
 from typing import Any

@@ -1,8 +1,7 @@
-"""Options generated from `Recipe`'s fields: one for each, with the field's description, panel and true defaults.
+"""Options generated from `Recipe`'s fields, with each field's description, panel and defaults.
 
-A command marked by `takes_settings` has a parameter `settings`, which receives the values that were given, by field.
-Its options are made when the command is called for, and not before: the recipe needs pydantic, which `lrquant --help`
-has no time for.
+A command marked by `takes_settings` has a parameter `settings`, which receives the given values by field. Its options
+are created when the command is used, because the recipe needs pydantic, which would slow down `lrquant --help`.
 """
 
 import functools
@@ -43,7 +42,7 @@ def takes_settings(*, epilog: str | None = None, **defaults: Any) -> Callable[[C
     """Mark a command as one with an option for every setting of a recipe.
 
     Args:
-        epilog: what its help ends with.
+        epilog: text at the end of its help.
         defaults: the only settings that it takes, and what help shows as its own defaults; none: all settings.
     """
 
@@ -60,7 +59,7 @@ def has_settings(command: Command) -> bool:
 
 
 def listed(command: Command) -> Command:
-    """A command without parameters that stands for `command` until it is called for."""
+    """A command without parameters that represents `command` until it is used."""
 
     def stub() -> None: ...
 
@@ -70,7 +69,7 @@ def listed(command: Command) -> Command:
 
 
 class Listed(TyperCommand):
-    """The program's entry for what `listed` returns."""
+    """The program's entry for a command from `listed`."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         return self.whole(parent).make_context(info_name, args, parent, **extra)

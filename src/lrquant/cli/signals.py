@@ -1,4 +1,4 @@
-"""Control-C and SIGTERM: the first ends the work with its line, the second ends the program at once."""
+"""Control-C and SIGTERM: the first signal ends the work with a message, the second ends the program at once."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ RETRY = 0.05  # seconds
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Within, SIGTERM is raised as `Terminated`; a signal after the first ends the program as it does by default.
+    """A context in which SIGTERM raises `Terminated`; a second signal ends the program by default.
 
-    Nothing is lost by that: what an interrupted run keeps is on disk already. Python swallows what is raised while an
-    object is finalized; a signal that comes then is raised a moment later.
+    Nothing is lost, because everything that an interrupted run keeps is already on disk. Python ignores exceptions
+    while an object is finalized; a signal at that moment is raised afterwards.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

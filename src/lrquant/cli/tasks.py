@@ -1,4 +1,4 @@
-"""lm-eval's tasks on the command line: for `quantize`, `eval` and the published commands alike."""
+"""lm-eval's tasks on the command line, for `quantize`, `eval` and the published commands."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ def split_tasks(tasks: str | None) -> list[str]:
 def measure_tasks(
     model: Any, tokenizer: Any, tasks: Sequence[str], num_fewshot: int | None, limit: int | None, device: str
 ) -> "TaskResults":
-    """Results of `tasks` with the model on `device`; it goes back where it was."""
+    """Results of `tasks` with the model on `device`; afterwards it returns to its previous device."""
     from lrquant.evaluation import TaskResults, run_tasks
     from lrquant.loading.pretrained import pick_device
 

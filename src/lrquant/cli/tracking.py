@@ -25,7 +25,7 @@ class Tracker(StrEnum):
 
 
 class Tracking(Callback, ABC):
-    """Hands scalars to a tracker: every epoch's loss, then a block's figures, then the results."""
+    """Sends scalars to a tracker: the loss of every epoch, the values of every block, then the results."""
 
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
@@ -79,7 +79,7 @@ class _Wandb(Tracking):
         self.run = wandb.init(name=name, config=configuration, settings=settings)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Weights & Biases has one step for everything; blocks and epochs are axes of their own."""
+        """Weights & Biases has a single step counter; blocks and epochs are separate axes."""
         axis = f"{name.partition('/')[0]}/step"
         if name not in self.steps:
             self.run.define_metric(name, step_metric=axis)
