@@ -207,6 +207,50 @@ def save_dir_is_a_file(tiny: Path, tmp: Path) -> list[Any]:
     return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
 
 
+def command(*words: Any) -> Callable[[Path, Path], list[Any]]:
+    """A case of another command: TINY stands for the tiny model, TMP and TMP/NAME for places in the test's folder."""
+
+    def case(tiny: Path, tmp: Path) -> list[Any]:
+        known = {"TINY": tiny, "TMP": tmp}
+        return [known.get(word) or (tmp / word[4:] if str(word).startswith("TMP/") else word) for word in words]
+
+    return case
+
+
+def calibration_link(target: str) -> Callable[[Path, Path], list[Any]]:
+    def case(tiny: Path, tmp: Path) -> list[Any]:
+        (tmp / "text.txt").symlink_to(target)
+        return ["quantize", tiny, *QUICK, "--calib", tmp / "text.txt", "--save-dir", tmp / "out"]
+
+    return case
+
+
+def calibration_fifo(tiny: Path, tmp: Path) -> list[Any]:
+    os.mkfifo(tmp / "text.txt")
+    return ["quantize", tiny, *QUICK, "--calib", tmp / "text.txt", "--save-dir", tmp / "out"]
+
+
+def a_strangers_run_folder(tiny: Path, tmp: Path) -> list[Any]:
+    (tmp / ".out.lrquant").mkdir()
+    (tmp / ".out.lrquant" / "mine.txt").write_text("mine")
+    return ["quantize", tiny, *QUICK, "--restart", "--save-dir", tmp / "out"]
+
+
+def a_run_folder_that_is_a_link(tiny: Path, tmp: Path) -> list[Any]:
+    (tmp / "other").mkdir()
+    (tmp / "other" / "mine.txt").write_text("mine")
+    (tmp / ".out.lrquant").symlink_to(tmp / "other")
+    return ["quantize", tiny, *QUICK, "--restart", "--save-dir", tmp / "out"]
+
+
+def in_place_of_the_weights(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def on(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        make(model / "model.safetensors")
+
+    return on
+
+
 # name → (exit code, what the line says, the command)
 CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "unknown model": (
@@ -427,6 +471,120 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "eval nothing": (2, "nothing to measure: name a text", lambda tiny, tmp: ["eval", tiny]),
     "eval unknown": (2, "neither a data set", lambda tiny, tmp: ["eval", tiny, "--ppl", "nothing"]),
     "eval short": (2, "less than one window", lambda tiny, tmp: ["eval", tiny, "--ppl", tiny / "short.txt"]),
+    # More of what a configuration may say.
+    "no key/value heads": (1, "num_key_value_heads = 0, which is not valid", damaged(config(num_key_value_heads=0))),
+    "heads that do not fit": (1, "the configuration expects (48, 64)", damaged(config(num_key_value_heads=3))),
+    "a negative width": (1, "hidden_size = -64, which is not valid", damaged(config(hidden_size=-64))),
+    "a list for a number": (1, "cannot be loaded", damaged(config(hidden_size=[64]))),
+    "layers in words": (1, "cannot be loaded", damaged(config(num_hidden_layers="two"))),
+    "half a layer": (1, "cannot be loaded", damaged(config(num_hidden_layers=2.5))),
+    "an epsilon in words": (1, "cannot be loaded", damaged(config(rms_norm_eps="small"))),
+    "a vocabulary of billions": (1, "vocab_size = 1e+09, but no weight", damaged(config(vocab_size=10**9))),
+    "a class that is a number": (1, "cannot be loaded", damaged(config(architectures=7))),
+    "an unknown dtype": (1, "cannot be loaded", damaged(config(dtype="float13"))),
+    "a quantization that is a number": (1, "cannot be loaded", damaged(config(quantization_config=7))),
+    "an unknown quantization": (
+        2,
+        "already quantized (magic)",
+        damaged(config(quantization_config={"quant_method": "magic"})),
+    ),
+    "an encoder with a decoder": (
+        2,
+        "has an encoder and a decoder",
+        damaged(config(model_type="t5", is_encoder_decoder=True)),
+    ),
+    "a tokenizer that is a list": (1, "cannot be loaded", damaged(raw("tokenizer.json", b"[]"))),
+    "an empty tokenizer": (1, "cannot be loaded", damaged(raw("tokenizer.json", b""))),
+    "a broken tokenizer config": (1, "cannot be loaded", damaged(raw("tokenizer_config.json", b"{"))),
+    "a generation config that is a list": (1, "cannot be loaded", damaged(raw("generation_config.json", b"[]"))),
+    # More of what may stand in the place of weights.
+    "a folder for weights": (1, "has no model.safetensors", damaged(in_place_of_the_weights(Path.mkdir))),
+    "weights that never end": (
+        1,
+        "has no model.safetensors",
+        damaged(in_place_of_the_weights(lambda path: path.symlink_to("/dev/zero"))),
+    ),
+    "weights of integers": (
+        1,
+        "model.norm.weight is stored as I8",
+        damaged(rewrite(lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))),
+    ),
+    "complex weights": (
+        1,
+        "model.norm.weight is stored as C64",
+        damaged(rewrite(lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.complex64)}))),
+    ),
+    "one layer more": (
+        1,
+        "its files hold model.layers.5, but its configuration has only 2 blocks",
+        damaged(rewrite(lambda t: t.update({"model.layers.5.mlp.up_proj.weight": torch.ones(128, 64)}))),
+    ),
+    # Files and folders that are not ours.
+    "a text that never ends": (2, "text.txt: not a regular file", calibration_link("/dev/zero")),
+    "a text that never begins": (2, "text.txt: not a regular file", calibration_fifo),
+    "a stranger's run folder": (2, "did not create this one; move it away", a_strangers_run_folder),
+    "a run folder that is a link": (2, "did not create this one; move it away", a_run_folder_that_is_a_link),
+    "a text of another kind": (2, "not .csv", calibration_file("a.csv", b"a,b\n")),
+    "a table of lists": (2, "needs a column named 'text'", calibration_file("a.jsonl", b"[1]\n")),
+    "a table of nothing": (2, "needs a column named 'text'", calibration_file("a.jsonl", b'{"text": null}\n')),
+    "a table of bytes": (2, "not a readable json", calibration_file("a.jsonl", b"\x00\x01\x02")),
+    "an empty table": (2, "it contains no text", calibration_file("a.parquet", b"")),
+    "conversations without a template": (2, "no chat template", calibration_file("a.jsonl", b'{"messages": []}\n')),
+    # More options.
+    "an unknown program": (2, "no runtime 'tgi': there are vllm", quantize("--for", "tgi")),
+    "a format that the program lacks": (
+        2,
+        "does not run in llama.cpp",
+        quantize("--for", "llama.cpp", "--format", "nvfp4"),
+    ),
+    "an unknown format": (2, "unknown format 'w5'", quantize("--format", "w5")),
+    "a format and other bits": (2, "leave out one of the two", quantize("--format", "w4a16-g128", "--wbits", 3)),
+    "one bit on average": (2, "target_bits = 1.0", quantize("--target-bits", 1)),
+    "an average of floats": (2, "with integer weights only", quantize("--format", "nvfp4", "--target-bits", 4)),
+    "no window": (2, "window = 0", quantize("--window", 0)),
+    "a window that stays": (2, "the overlap must be smaller", quantize("--window", 2, "--window-overlap", 2)),
+    "an unknown rounding": (2, "Invalid value", quantize("--rounding", "stochastic")),
+    "an unknown rotation": (2, "rotate.0 = 'sideways'", quantize("--rotate", "sideways")),
+    "an unknown cache": (2, "kv_cache = 'fp4': there are fp8, int8", quantize("--kv-cache", "fp4")),
+    "a cache twice": (2, "attention inputs are already quantized", quantize("--kv-cache", "fp8")),
+    "a stop at once": (2, "early_stop = 1.0", quantize("--early-stop", 1)),
+    "samples in words": (2, "Invalid value", quantize("--nsamples", "many")),
+    "one token": (2, "seqlen = 1", quantize("--seqlen", 1)),
+    "published settings of nothing": (2, "rtn learns nothing", quantize("--paper-exact")),
+    "two methods": (2, "--lr-plus means --method lrquant+", quantize("--lr-plus")),
+    "a name that the hub has not": (2, "not a repository name", quantize("--push-to-hub", "a/b/c")),
+    "an evaluation text that is not there": (2, "'no.txt' is neither a data set", quantize("--eval-ppl", "no.txt")),
+    "statistics that are not there": (2, "not a file of channel statistics", quantize("--statistics", "/no/such")),
+    # Other commands.
+    "an unknown command": (2, "No such command", command("quantise")),
+    "no model": (2, "Missing argument", command("quantize")),
+    "info of nothing": (2, "no such folder", command("info", "TMP/none")),
+    "info of a full model": (2, "not a compressed-tensors checkpoint", command("info", "TINY")),
+    "a comparison of one": (2, "give at least two folders", command("compare", "TINY")),
+    "a comparison of nothing": (2, "no such folder", command("compare", "TMP/a", "TMP/b")),
+    "a report of nothing": (2, "no report data here", command("report", "TMP")),
+    "a report into nothing": (
+        2,
+        "--output /no/such/x.html: its folder does not exist",
+        command("report", "TINY", "--output", "/no/such/x.html"),
+    ),
+    "an export of nothing": (2, "no such folder", command("export", "TMP/none", "TMP/o", "--to", "gguf")),
+    "an unknown export": (
+        2,
+        "unknown exporter 'onnx': there are gguf, dense",
+        command("export", "TINY", "TMP/o", "--to", "onnx"),
+    ),
+    "an export in no dtype": (2, "dtype f8", command("export", "TINY", "TMP/o", "--to", "gguf", "--dtype", "f8")),
+    "an export over a folder": (2, "already exists", command("export", "TINY", "TMP", "--to", "dense")),
+    "an export into nothing": (2, "does not exist", command("export", "TINY", "TMP/no/such", "--to", "dense")),
+    "eval of nothing": (2, "neither an existing folder", command("eval", "TMP/none", "--ppl", "zoo:pydoc")),
+    "pictures for a text model": (2, "this model takes text", command("eval", "TINY", "--images", "zoo:shapes")),
+    "an original without a text": (2, "nothing to measure", command("eval", "TINY", "--against", "TINY")),
+    "windows of one token": (2, "Invalid value", command("eval", "TINY", "--ppl", "zoo:pydoc", "--seqlen", 1)),
+    "an unknown device": (2, "device 'tpu9'", command("eval", "TINY", "--ppl", "zoo:pydoc", "--device", "tpu9")),
+    "a benchmark of nothing": (2, "neither an existing folder", command("bench", "TMP/none")),
+    "a benchmark in nothing": (2, "no program 'onnx'", command("bench", "TINY", "--in", "onnx")),
+    "a demo of nothing": (2, "no demo for 'zoo:camel'", command("demo", "--model", "zoo:camel")),
 }
 
 

@@ -75,6 +75,26 @@ def text_name(source: str) -> str:
     return source if source.startswith(ZOO) or source in HUB_TEXTS else Path(source).name
 
 
+def check_source(source: str) -> None:
+    """Raise early unless `source` names a data set, or a file or folder that exists.
+
+    Raises:
+        UsageError: it names the data sets that there are.
+    """
+    if source.startswith(ZOO):
+        if source.removeprefix(ZOO) not in ZOO_TEXTS:
+            raise UsageError(f"unknown data set {source!r}: the zoo has {', '.join(ZOO + text for text in ZOO_TEXTS)}")
+    elif source not in HUB_TEXTS and not Path(source).exists():
+        names = ", ".join([*HUB_TEXTS, *(ZOO + name for name in ZOO_TEXTS)])
+        raise UsageError(f"{source!r} is neither a data set ({names}) nor an existing file or folder")
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """`check_source` of all of them."""
+    for source in sources:
+        check_source(source)
+
+
 def read_text(source: str, train: bool, tokenizer: Any = None) -> list[str]:
     """Documents of `source`: a hub name, `zoo:pydoc`, `zoo:pycode`, a text file or a folder of them.
 
@@ -85,11 +105,9 @@ def read_text(source: str, train: bool, tokenizer: Any = None) -> list[str]:
         UsageError: there is no such source, or it holds no text.
         LrquantError: the hub cannot be reached.
     """
+    check_source(source)
     if source.startswith(ZOO):
-        name = source.removeprefix(ZOO)
-        if name not in ZOO_TEXTS:
-            raise UsageError(f"unknown data set {source!r}: the zoo has {', '.join(ZOO + text for text in ZOO_TEXTS)}")
-        documents = list(corpus.documents(name, "train" if train else "heldout"))
+        documents = list(corpus.documents(source.removeprefix(ZOO), "train" if train else "heldout"))
     elif source in HUB_TEXTS:
         documents = _read_hub(source, train)
     else:
@@ -119,9 +137,6 @@ def _read_hub(name: str, train: bool) -> list[str]:
 
 
 def _read_local(path: Path, tokenizer: Any) -> list[str]:
-    if not path.exists():
-        names = ", ".join([*HUB_TEXTS, *(ZOO + name for name in ZOO_TEXTS)])
-        raise UsageError(f"{str(path)!r} is neither a data set ({names}) nor an existing file or folder")
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
         if not files:

@@ -49,11 +49,13 @@ def adapt(
     if push_to_hub:
         check_can_push(push_to_hub)
 
+    from lrquant.calibration.text import check_sources
     from lrquant.entrypoints.adapt import adapt
     from lrquant.entrypoints.evaluate import evaluate
     from lrquant.reconstruction.callbacks import Callbacks
     from lrquant.report.observer import Observer
 
+    check_sources(eval_ppl or ())
     observer = Observer() if report else None
     logged = {"quantized": quantized, "reference": reference, "data": data, "blocks": blocks, **settings}
     with console.watching("adapting") as progress, tracking(log_to or (), save_dir.name, logged) as trackers:

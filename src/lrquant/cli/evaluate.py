@@ -21,7 +21,7 @@ def evaluate(
         typer.Option(metavar="ORIGINAL", help="Also compare predictions with those of this model, on the same texts."),
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="2048, or the model's maximum")
+        int | None, typer.Option(min=2, help="Tokens per window.", show_default="2048, or the model's maximum")
     ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most N windows.")] = None,
     tasks: Tasks = None,

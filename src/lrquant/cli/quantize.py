@@ -143,6 +143,10 @@ def quantize(
         _warn_of_unserved(chosen)
     save_dir = save_dir or default_folder(model, chosen)
 
+    if eval_ppl:
+        from lrquant.calibration.text import check_sources
+
+        check_sources(eval_ppl)
     if tta and not eval_ppl:
         raise UsageError("--tta adapts to evaluation texts: give at least one with --eval-ppl")
 

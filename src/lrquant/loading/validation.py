@@ -26,6 +26,7 @@ HARMLESS_LAYERS, HARMLESS_WIDTH = 1000, 1 << 24
 _LAYERS = re.compile(r"layers?$|depths?$|blocks$")
 _POSITIVE = re.compile(
     r"(^|\.)(num_hidden_layers|num_layers|n_layers?|hidden_size|d_model|n_embd|vocab_size|num_attention_heads|n_heads?|"
+    r"num_key_value_heads|num_kv_heads|"
     r"num_heads|head_dim)$"
 )
 _WIDTH = re.compile(r"size$|dim$|heads$|experts$|channels$|rank$|groups$|width$|position_embeddings$")
