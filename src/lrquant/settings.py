@@ -1,7 +1,7 @@
-"""How one setting of a recipe is declared: its default, its description, and how the command line offers it.
+"""Declaration of a recipe's settings: default, description, and command-line option.
 
-A field of `Recipe` is the only place where a setting is written. Its option, the default that help shows, the panel in
-which it stands and its line in docs/cli.md are generated from the field (`lrquant.cli.settings`).
+A setting is declared only once, as a field of `Recipe`. Its option, the default and panel in help, and its line in
+docs/cli.md are generated from the field (`lrquant.cli.settings`).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -30,7 +30,7 @@ class Panel(StrEnum):
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line needs to know of a field besides its type, default and description."""
+    """Metadata of a field for the command line, besides its type, default and description."""
 
     panel: Panel
     option: str | None = ""  # its name without dashes, or `on/off` of a switch; empty: the field's; None: no option

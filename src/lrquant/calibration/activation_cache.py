@@ -1,9 +1,8 @@
-"""The activation store: where the two streams of hidden states wait while a block is learned.
+"""The activation cache: keeps the two streams of hidden states while blocks are learned.
 
-A stream is a list of one tensor per sample, (1, tokens, hidden) for a language model. It lives on the
-device, in host memory, or in an unnamed file that is read through memory maps: a file without a name is
-gone when its process is, however that ends. Writes go through the file, not the map, so that a full disk is
-an error and not a bus error.
+A stream is a list of one tensor per sample, (1, tokens, hidden) for a language model. It is kept on the device, in host
+memory, or in an unnamed file that is read by memory mapping. An unnamed file disappears with its process, however that
+ends. Writes use the file instead of the map, so that a full disk gives an error message and not a bus error.
 
 | where | costs | for |
 |---|---|---|
@@ -31,7 +30,7 @@ DEVICE_SHARE, HOST_SHARE = 0.25, 0.5  # of what is free, that `auto` gives to st
 
 
 class Stream(Sequence[Tensor]):
-    """Hidden states of every sample; assigning moves a tensor to where the stream lives."""
+    """Hidden states of every sample; assigning an item stores it where the stream is kept."""
 
     @abstractmethod
     def append(self, hidden: Tensor) -> None: ...
@@ -64,7 +63,7 @@ class InMemory(Stream):
 
 
 class OnDisk(Stream):
-    """In an unnamed file of `folder`. What is read is a view of the file: it is for reading only."""
+    """In an unnamed file in `folder`. Items are read-only views of the file."""
 
     def __init__(self, folder: Path) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed with the stream
@@ -105,14 +104,14 @@ class OnDisk(Stream):
 
 
 class ActivationStore:
-    """Makes streams. `auto` decides when the first sample shows how large they will be.
+    """Creates streams. `auto` decides where to keep them once the first sample shows their size.
 
     Args:
         where: `device`, `host`, `disk`, or `auto`.
         device: what the blocks run on.
-        folder: where files may lie.
-        samples, streams: how many of each there will be.
-        sharing: how many such stores share this machine's memory.
+        folder: for files.
+        samples, streams: the number of each.
+        sharing: how many such caches share this machine's memory.
     """
 
     def __init__(

@@ -1,9 +1,8 @@
-"""What a model hands to each of its blocks, found without running them.
+"""Capture the inputs of all blocks without computing the blocks.
 
-Every block is replaced, for one pass, by a recorder that notes its keyword arguments and returns its
-hidden states as they came. The model's own code then walks through all blocks and builds masks, rotary
-embeddings and whatever else its family passes along, per block (Gemma's local and global layers differ),
-and the pass costs an embedding. Nothing here knows any family.
+For one pass, a recorder replaces every block, stores its keyword arguments and returns the hidden states unchanged. The
+model's own code then builds masks, rotary embeddings and all other arguments of each block (Gemma's local and global
+layers differ), at the cost of an embedding. This works for any family.
 """
 
 import hashlib
@@ -99,7 +98,7 @@ def capture(
 ) -> BlockInputs:
     """Inputs of `blocks` when `model` is called with each of `samples` (keyword arguments, batch of one).
 
-    `new_stream`, given the first sample's hidden states, makes what all of them are appended to.
+    `new_stream` receives the first sample's hidden states and creates the stream to which all are appended.
 
     Raises:
         UsageError: a block receives other hidden states than the one before it handed on, or is not called.

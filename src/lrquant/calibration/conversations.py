@@ -1,4 +1,4 @@
-"""Conversations in tables of text, rendered as their model saw them in training: by the tokenizer's chat template.
+"""Conversations in text tables, rendered by the tokenizer's chat template, as the model saw them in training.
 
 messages        [{"role": "user", "content": "…"}, …]                      what chat interfaces use
 conversations   [{"from": "human", "value": "…"}, …]                       ShareGPT's

@@ -1,4 +1,4 @@
-"""Pictures with text: questions and answers of the zoo, or rows of a JSON-lines file.
+"""Images with text: bundled questions and answers, or rows of a JSON-lines file.
 
 A row has `image`, a path relative to the file, and either `text` (with an `answer` where there is one) or a
 `conversation`: a list of `{"role": "user" | "assistant", "content": …}` whose first turn is the user's.
@@ -23,7 +23,7 @@ Turn = tuple[str, str]  # role, text
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A picture and what is said of it."""
+    """An image and the text about it."""
 
     load: Callable[[], Image.Image]
     turns: tuple[Turn, ...]
@@ -44,7 +44,7 @@ def dialogues(source: str, train: bool, limit: int | None, seed: int = 0) -> lis
     """Up to `limit` dialogues of `source`: for calibration (`train`) drawn by `seed`, for evaluation from the start.
 
     Raises:
-        UsageError: no such source, or a row that is no question about a picture.
+        UsageError: no such source, or a row without a question about an image.
     """
     if source == ZOO_QUESTIONS:
         count = limit or 1000
@@ -105,7 +105,7 @@ def _turns(row: dict[str, Any], where: str) -> tuple[Turn, ...]:
 
 
 def prompt(processor: Any, turns: tuple[Turn, ...], answer_next: bool) -> str:
-    """The dialogue as the processor's chat template writes it; the picture stands before the first turn."""
+    """The dialogue as rendered by the processor's chat template, with the image before the first turn."""
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     messages[0]["content"] = [{"type": "image"}, *messages[0]["content"]]  # type: ignore[list-item]
     if getattr(processor, "chat_template", None):
@@ -114,7 +114,7 @@ def prompt(processor: Any, turns: tuple[Turn, ...], answer_next: bool) -> str:
 
 
 def dialogue_inputs(processor: Any, image: Image.Image, text: str) -> dict[str, Any]:
-    """Keyword arguments of a call with one picture and its text."""
+    """Keyword arguments of a call with one image and its text."""
     begin = getattr(processor.tokenizer, "bos_token", None) or ""
     written = bool(begin) and text.startswith(begin)  # templates that write it, tokenizers that add it
     inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=not written)

@@ -1,7 +1,7 @@
-"""Pictures by name: the zoo's, a folder of files, or a data set on the hub; each as an RGB picture, or one clear line.
+"""Images by name: bundled ones, a folder of files, or a data set on the hub, all converted to RGB.
 
-Pictures are opened when they are needed, so that a folder may hold a million. Every mode that Pillow reads
-becomes RGB: 16-bit greys keep their range, transparency is laid on white, cameras' rotation is applied.
+Images are opened when they are needed, so a folder can contain millions. All of Pillow's modes are converted to RGB:
+16-bit greys keep their range, transparent parts become white, and the camera's rotation is applied.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that can be had, and its class: an index, a name (a subfolder's), or none."""
+    """An image that can be opened, and its class: an index, a name (that of a subfolder), or none."""
 
     load: Callable[[], Image.Image]
     label: int | str | None = None
@@ -43,7 +43,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The picture in a file.
+    """The image in a file.
 
     Raises:
         UsageError: there is none, or it is damaged.
@@ -99,7 +99,7 @@ def _in_folder(path: Path) -> Iterator[Picture]:
 
 
 def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
-    """Rows of a data set with a column of pictures, streamed, so that only what is used is fetched."""
+    """Rows of a data set with an image column, streamed, so that only the used ones are downloaded."""
     from datasets import ClassLabel, get_dataset_split_names, load_dataset
     from datasets import Image as ImageColumn
 
@@ -129,10 +129,10 @@ def _on_hub(name: str, train: bool, limit: int, seed: int) -> list[Picture]:
 
 
 def image_samples(processor: Any, source: str, nsamples: int, seed: int) -> list[dict[str, Any]]:
-    """Keyword arguments of `nsamples` calls with one picture each.
+    """Keyword arguments of `nsamples` calls with one image each.
 
     Raises:
-        UsageError: there are fewer pictures.
+        UsageError: there are fewer images.
     """
     drawn = pictures(source, train=True, limit=nsamples, seed=seed)
     if len(drawn) < nsamples:

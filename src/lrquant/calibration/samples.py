@@ -1,4 +1,4 @@
-"""Calibration samples for any model: windows of text, pictures, or pictures with text."""
+"""Calibration samples for any model: windows of text, images, or images with text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from lrquant.recipe import Recipe
 def samples_of(
     modality: Modality, processor: Any, recipe: Recipe, *, window: Callable[[int | None], int]
 ) -> list[dict[str, Any]]:
-    """Calibration samples as the recipe wants them: keyword arguments of one call each.
+    """The recipe's calibration samples, as keyword arguments of one call each.
 
-    `window(seqlen)` gives the tokens of a text sample. A multimodal model may be calibrated on text alone.
+    `window(seqlen)` returns the tokens per text sample. A multimodal model can be calibrated on text only.
 
     Raises:
         UsageError: the recipe's source does not fit the model, or is too small.
@@ -45,7 +45,7 @@ def samples_of(
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Text that is tokenized already: `rows` of token ids, (1, tokens) each, and what a recipe calls it."""
+    """Tokenized text: `rows` of token ids, (1, tokens) each, and its name in recipes."""
 
     rows: Sequence[Tensor]
     name: str = "token ids given in memory"

@@ -1,7 +1,7 @@
-"""Text for encoders: pieces between the special tokens that their tokenizer sets, and masks that say what is padding.
+"""Text for encoders: windows with the tokenizer's special tokens, and padding masks.
 
-Calibration samples are full windows, so that none has padding: its hidden states would count in statistics and losses
-although nothing reads them. Evaluation batches pieces of any length, padded at their ends.
+Calibration samples are full windows without padding, whose hidden states would enter statistics and losses although
+nothing reads them. Evaluation uses batches of texts of any length, padded at the end.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Text by name: hub data sets, local files and folders, and the zoo's offline sets; cut into token windows.
 
-Models are trained on texts that begin with a token of their own (BOS), and some cannot do without it. Where the
-tokenizer adds it, every window begins with it, in calibration and in evaluation alike: `leading_token`.
+Many models are trained on texts that begin with a special token (BOS), and some need it. If the tokenizer adds it,
+every window begins with it, both in calibration and in evaluation: `leading_token`.
 """
 
 import codecs
@@ -30,7 +30,7 @@ _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BO
 
 @dataclass(frozen=True)
 class HubText:
-    """Where a named set lives on the hub, and its parts for calibration and evaluation."""
+    """A named data set on the hub, and its parts for calibration and evaluation."""
 
     path: str
     column: str
@@ -71,7 +71,7 @@ ZOO_TEXTS = ("pydoc", "pycode")
 
 
 def text_name(source: str) -> str:
-    """What results are keyed by: the data set's name, or the file's or folder's own name."""
+    """The key of results: the name of the data set, file or folder."""
     return source if source.startswith(ZOO) or source in HUB_TEXTS else Path(source).name
 
 
@@ -98,8 +98,8 @@ def check_sources(sources: Sequence[str]) -> None:
 def read_text(source: str, train: bool, tokenizer: Any = None) -> list[str]:
     """Documents of `source`: a hub name, `zoo:pydoc`, `zoo:pycode`, a text file or a folder of them.
 
-    Named sets have a part for calibration (`train`) and one for evaluation; a file is used whole. Conversations are
-    rendered by the chat template of `tokenizer`.
+    Named sets have one part for calibration (`train`) and one for evaluation; of a file, all text is used for both.
+    Conversations are rendered by the chat template of `tokenizer`.
 
     Raises:
         UsageError: there is no such source, or it holds no text.
@@ -192,7 +192,7 @@ Bos = Literal["auto", "on", "off"]
 def leading_token(tokenizer: Any, bos: Bos) -> int | None:
     """The token that every window begins with: `auto`, the BOS token if the tokenizer adds it to a text by itself.
 
-    `off` is what published numbers were measured with: such a tokenizer then puts it before the first window alone.
+    Published results were measured with `off`: such a tokenizer then adds it only before the first window.
 
     Raises:
         UsageError: `on`, and there is no such token.

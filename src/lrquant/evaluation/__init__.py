@@ -1,4 +1,4 @@
-"""How good a model is: perplexity, lm-eval's tasks, accuracy on pictures, answers to questions about them."""
+"""Measures of quality: perplexity, lm-eval's tasks, image accuracy, answers to questions about images."""
 
 from lrquant.evaluation.agreement import Agreement, agreement
 from lrquant.evaluation.answers import AnswerQuality, answer_quality

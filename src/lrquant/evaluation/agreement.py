@@ -1,7 +1,7 @@
-"""How far a model's predictions are from those of the model it was made from, on non-overlapping windows of a text.
+"""Compare a model's predictions with those of its original, on non-overlapping windows of a text.
 
-Perplexity asks the text, and on a small set a worse model can be luckier. The original's predictions say more: at every
-position there is a whole distribution to compare.
+Perplexity compares with the text, and on a small set a worse model can be better by chance. The original's predictions
+are more informative: there is a full distribution to compare at every position.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How well a multimodal model answers short questions about pictures."""
+"""Quality of a multimodal model's answers to short questions about images."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""How far a model's sentence embeddings are from another's: by angle, and by who is whose neighbour."""
+"""Compare sentence embeddings of two models, by cosine and by nearest neighbours."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How often an image classifier is right."""
+"""Accuracy of image classifiers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lrquant.errors import UsageError
 
 @dataclass(frozen=True)
 class ImageAccuracy:
-    """Shares of pictures whose class is the likeliest, and among the five likeliest; the mean cross-entropy."""
+    """Top-1 and top-5 accuracy as shares of images, and the mean cross-entropy."""
 
     top1: float
     top5: float
@@ -28,10 +28,10 @@ def image_accuracy(
     batch_size: int = 32,
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> ImageAccuracy:
-    """Top-1 and top-5 accuracy of `model` on pictures with classes, and the loss, which sees smaller differences.
+    """Top-1 and top-5 accuracy of `model` on images with classes, and the loss, which shows smaller differences.
 
     Raises:
-        UsageError: a picture has no class or one that the model does not know, or the model is no classifier.
+        UsageError: an image has no class or an unknown one, or the model is not a classifier.
     """
     labels = torch.tensor([class_index(picture.label, model.config) for picture in chosen])
     if not any(name.endswith("classifier") for name, _ in model.named_children()):

@@ -26,7 +26,7 @@ def masked_perplexity(
 ) -> Perplexity:
     """exp of the mean over windows of −log p(token | the window with 15 % of its tokens masked), over masked tokens.
 
-    Which tokens are masked is drawn by a fixed seed, so that two models are asked for the same ones.
+    A fixed seed determines the masked tokens, so that all models predict the same ones.
 
     Raises:
         UsageError: the text is shorter than one window, or the tokenizer has no mask.

@@ -52,8 +52,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `model` on `ids` cut into windows of `seqlen`; a last, shorter piece is left out.
 
-    Every window begins with the token `lead`, where one is given; it is not predicted. With `limit_windows`, only so
-    many windows from the beginning. Each rank takes its share of them; all get the value.
+    Every window begins with the token `lead`, if one is given; it is not predicted. `limit_windows` limits the number
+    of windows, from the beginning. Each rank evaluates its share of them; all get the result.
 
     Raises:
         UsageError: the text is shorter than one window.

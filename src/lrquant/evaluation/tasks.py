@@ -1,7 +1,7 @@
 """Zero-shot and few-shot tasks through lm-eval's own wrapper of transformers models.
 
-Tasks are run one by one, so that one whose data cannot be fetched costs the others nothing. `zoo:cloze` and,
-with pictures, `zoo:shapes-vqa` are lrquant's own tasks (see lrquant.zoo.tasks) and need no network.
+Tasks run one by one, so that one whose data cannot be fetched does not affect the others. `zoo:cloze` and, with images,
+`zoo:shapes-vqa` are lrquant's own tasks (see lrquant.zoo.tasks) and need no network.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""A checkpoint of dense weights, in floating point: every weight as the value that it was rounded to.
+"""Export dense checkpoints: the rounded weights in floating point.
 
-Any program reads it, as it reads the original; it saves no space. Activations are not rounded in it.
+Any program that loads the original loads them. They save no space, and activations are not quantized.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""Under which names checkpoints hold the linears of experts, and whether plain transformers reads them there.
+"""Names of experts' linears in checkpoints, and whether plain transformers reads them.
 
-Checkpoints of most families hold one tensor for each expert's matrix, and transformers merges them while it loads; it
-unpacks compressed-tensors' integers on the way where they are symmetric and no activations are quantized (5.20 to
-5.24). vLLM reads the same names.
+Checkpoints of most families have one tensor for each expert's matrix, and transformers merges them when loading. It
+also unpacks compressed-tensors' integers then, if they are symmetric and activations are not quantized (5.20 to 5.24).
+vLLM reads the same names.
 
-All else is stored as lrquant's own: the linears under the names that they have here, and a mark by which `import
-lrquant` makes transformers build them again (`lrquant._registration`).
+Everything else is stored in lrquant's own layout: the linears under their names here, and a mark by which
+`import lrquant` makes transformers build them again (`lrquant._registration`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What an exporter of finished checkpoints is (registry.py has them by name)."""
+"""The Exporter class: exports finished checkpoints (registry.py has exporters by name)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

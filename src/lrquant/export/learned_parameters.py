@@ -1,4 +1,4 @@
-"""Learned parameters on disk, per block: a run can be evaluated again, or gone on with, without learning it anew."""
+"""Files of learned parameters, per block: a run can be evaluated again, or continued, without learning again."""
 
 from collections.abc import Sequence
 from pathlib import Path

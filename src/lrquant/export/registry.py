@@ -1,6 +1,6 @@
 """Exporters of finished checkpoints, by name: what `lrquant export DIR --to NAME` can write.
 
-An exporter reads the checkpoint in a folder and makes one file or one folder of it, whole or not at all. A new one is a
+An exporter reads the checkpoint in a folder and writes one file or one folder, completely or not at all. A new one is a
 file with such a function, and a row here (docs/adding-an-exporter.md).
 """
 

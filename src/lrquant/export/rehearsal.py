@@ -1,8 +1,8 @@
-"""A result's names, shapes and loading, tried before there is a result, and once it is written.
+"""Check that a result will load: names and shapes before the run, and the files after it.
 
-Every block of the model's skeleton is frozen and packed on the meta device, and the tensors are given to
-`from_pretrained` of the model's own class, as a user will do with the result: what transformers cannot load is known
-before the first block is learned. No weight is read and none computed.
+Every block of the model's skeleton is frozen and packed on the meta device, and `from_pretrained` of the model's own
+class loads the tensors, as a user will load the result. So what transformers cannot load is known before the first
+block is learned. No weight is read or computed.
 """
 
 import io
@@ -34,7 +34,7 @@ from lrquant.runtime.memory import available_bytes
 def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str], name: str) -> int:
     """Raise unless plain transformers will load what `recipe` makes of `model`; returns the result's bytes.
 
-    Modules outside the blocks count as they are; so do biases that a shift would add.
+    Modules outside the blocks are taken as they are, and so are biases that a shift would add.
 
     Raises:
         UsageError: it will not; with what transformers says.

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: whole or not at all, beside its recipe and a model card."""
+"""Write a checkpoint with its recipe and model card, completely or not at all."""
 
 import json
 import os
@@ -38,7 +38,7 @@ from lrquant.runtime.paths import permit, public_name
 
 
 def check_save_dir(save_dir: str | Path) -> Path:
-    """Raise before any work is spent when `save_dir` cannot become the result."""
+    """Raise before any work is done if `save_dir` cannot become the result."""
     path = Path(os.path.realpath(save_dir))
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path}: the save directory is a file; choose another")
@@ -56,7 +56,7 @@ def check_save_dir(save_dir: str | Path) -> Path:
 
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory that becomes `target` when the block ends well and vanishes when it does not."""
+    """A temporary directory that becomes `target` if the context ends without an error, and is deleted otherwise."""
     made = [parent for parent in (target.absolute().parent, *target.absolute().parents) if not parent.exists()]
     temporary = None
     try:
@@ -116,7 +116,7 @@ def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class About:
-    """What a checkpoint says of itself besides its tensors, and what it takes over from its source."""
+    """Metadata of a checkpoint besides its tensors, some of it copied from its original."""
 
     base: str  # the model that it was made from
     processor: Any = None  # its tokenizer, image processor, or both in one

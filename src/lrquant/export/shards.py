@@ -1,4 +1,4 @@
-"""Safetensors files of bounded size, written one after the other: a checkpoint is never in memory as a whole."""
+"""Safetensors files of limited size, written one by one, so that a checkpoint is never completely in memory."""
 
 import json
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
-"""What a checkpoint takes on disk."""
+"""The size of a checkpoint on disk."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes on disk against the original, and what a quantized weight costs with its scales and zero points."""
+    """Bytes on disk compared with the original, and bits per quantized weight including scales and zero points."""
 
     checkpoint_bytes: int
     bf16_bytes: int

@@ -1,4 +1,4 @@
-"""A model without weights, on the meta device: what can be known of a result before there is one."""
+"""Models without weights, on the meta device, for checks before a run."""
 
 from copy import deepcopy
 from typing import Any, TypeVar

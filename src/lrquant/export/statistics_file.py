@@ -1,4 +1,4 @@
-"""Channel statistics on disk, so that a later run need not gather them."""
+"""Files of channel statistics, so that a later run does not have to collect them."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,6 +6,6 @@
     figures.py    matplotlib's SVG in the page's own colours
     page.py       the page itself
 
-Everything here reads `report/run.json` and `report/measurements.safetensors` beside a result, so a report can be
-made again without the model.
+The report is made from `report/run.json` and `report/measurements.safetensors` beside a result, so it can be written
+again without the model.
 """

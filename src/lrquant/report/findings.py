@@ -1,4 +1,4 @@
-"""What a run's numbers say, in sentences that a reader without the method's background can use."""
+"""Conclusions from a run's numbers, in sentences for readers who do not know the method."""
 
 from dataclasses import dataclass
 from statistics import median

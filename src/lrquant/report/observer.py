@@ -1,7 +1,7 @@
-"""Looks at every block while it is reconstructed, on a few samples, and keeps small numbers.
+"""Measures every block during reconstruction, on a few samples.
 
-It draws no random numbers and changes nothing of the run: a checkpoint has the same bytes with and without it. It
-costs some twenty calls of each block on about a thousand tokens, a few percent of learning the block.
+It draws no random numbers and does not change the run: a checkpoint has the same bytes with and without it. It costs
+about twenty calls of each block on about a thousand tokens, a few percent of learning the block.
 
 Measurements (float16 tensors), by name:
 

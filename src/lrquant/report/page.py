@@ -26,7 +26,7 @@ class Picture:
 
 
 def write_report(directory: Path, output: Path | None = None) -> Path:
-    """Make the page of the run in `directory` (again), from the data that lies there; returns where it is.
+    """Write the report of the run in `directory` from the data there; returns its path.
 
     Raises:
         UsageError: there is no such data.
@@ -38,7 +38,7 @@ def write_report(directory: Path, output: Path | None = None) -> Path:
 
 
 def write_comparison(directories: Sequence[Path], output: Path) -> Path:
-    """One page that holds several runs against each other."""
+    """Write one page that compares several runs."""
     loaded = [load_run(directory)[0] for directory in directories]
     names = _distinct_names(directories)
     runs = list(zip(names, loaded, strict=True))

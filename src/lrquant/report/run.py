@@ -1,6 +1,6 @@
-"""What is kept of a run beside its result: `report/run.json` (numbers, words) and `report/measurements.safetensors`.
+"""The data behind a report: `report/run.json` (numbers, words) and `report/measurements.safetensors`.
 
-The folder of its own is deliberate: servers load every `*.safetensors` that lies beside a model's `config.json`.
+They have a separate folder because servers load every `*.safetensors` file beside a model's `config.json`.
 """
 
 import os
@@ -24,7 +24,7 @@ class _Kept(BaseModel):
 
 
 class Error(_Kept):
-    """How far outputs are from the original's; means over tokens."""
+    """Errors of outputs relative to the original's; means over tokens."""
 
     relative: float  # |ŷ − y| / |y|
     cosine: float
@@ -56,7 +56,7 @@ class Sensitivity(_Kept):
 
 
 class LinearInput(_Kept):
-    """What a linear is fed: its largest channel over its median channel."""
+    """The input of a linear: its largest channel over its median channel."""
 
     layers: list[str]  # those that read this one input
     outlier_ratio: float

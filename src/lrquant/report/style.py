@@ -1,4 +1,4 @@
-"""Figures as SVG that belongs to the page: its fonts, its colours in light and in dark, its width.
+"""Figures as SVG in the style of the page: its fonts, its light and dark colours, its width.
 
 Matplotlib draws with stand-in colours, and every stand-in is then replaced by a CSS variable of the page. Text stays
 text, so a figure can be searched and read aloud, and weighs little.

@@ -1,4 +1,4 @@
-"""One table of the programs that run checkpoints: which number formats each takes, with which kernel, or why not."""
+"""A table of the programs that run checkpoints: the kernel for each number format, or why there is none."""
 
 from lrquant.runtimes.runtime import Runtime, Verdict
 from lrquant.runtimes.stored_format import Numbers, StoredFormat, format_of_config

@@ -1,4 +1,4 @@
-"""`--for RUNTIME`: what a recipe takes so that its result runs there with the bits that were asked for."""
+"""`--for RUNTIME`: settings with which a result runs there with the given bits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ _FORMAT_FIELDS = {
 
 
 def settings_for(key: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` to a preset, and what else its result needs to run in the runtime called `key`.
+    """`changes` to a preset, completed by the settings that the runtime called `key` needs.
 
     Fields that `changes` names stay; those whose value is None are open. Queries, keys and values are left in floating
     point, since no program rounds them.

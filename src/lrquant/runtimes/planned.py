@@ -1,4 +1,4 @@
-"""What a recipe will write, before it has."""
+"""The number format that a recipe will write."""
 
 from compressed_tensors.quantization import QuantizationArgs
 

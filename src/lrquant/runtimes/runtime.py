@@ -1,4 +1,4 @@
-"""One program that runs checkpoints: what it makes of a number format, and how that is known."""
+"""A program that runs checkpoints, and its verdict on a number format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What a program must know of a checkpoint's numbers to say whether it runs them. Nothing heavy is imported."""
+"""The properties of a checkpoint's number format that decide whether a program runs it. Imports nothing heavy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

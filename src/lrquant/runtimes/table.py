@@ -1,4 +1,4 @@
-"""The table's rows, and what they say together."""
+"""The table's rows, and functions over all of them."""
 
 from lrquant.errors import UsageError
 from lrquant.runtimes.llama_cpp import RUNTIME as LLAMA_CPP

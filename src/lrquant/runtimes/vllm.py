@@ -1,8 +1,8 @@
-"""vLLM: compressed-tensors' schemes, and which of its kernels they end in.
+"""vLLM: compressed-tensors' schemes, and the kernels that run them.
 
-Its own classes were asked (scripts/vllm_verdicts.py); a test compares what is said here with their answers. Activations
-of few bits are rounded by Humming alone. Where another kernel comes first, weights are multiplied with activations as
-they are, and `--linear-backend humming` asks for the rounding.
+scripts/vllm_verdicts.py queries vLLM's own classes, and a test compares this file with their answers. Only Humming
+quantizes activations below 8 bits. If vLLM prefers another kernel, activations are not quantized, and
+`--linear-backend humming` selects Humming.
 """
 
 from lrquant.runtimes.runtime import Runtime, Verdict, no, yes

@@ -1,8 +1,8 @@
-"""Biases that a model's own modules lack, so that RMSNorm models can hold a learned shift.
+"""Add biases to modules without them, so that RMSNorm models can have a learned shift.
 
-A linear has room for one. A norm gets a `bias` parameter and a hook that adds it to the norm's output.
-The engine and the loader of such checkpoints both call `add_bias_slots`; plain transformers has no such
-slot, which is why a checkpoint that needs one is marked as lrquant's own.
+A linear supports a bias. A norm gets a `bias` parameter and a hook that adds it to the norm's output. The engine and
+the loader of such checkpoints both call `add_bias_slots`. Plain transformers does not support this, so a checkpoint
+that needs it is marked as lrquant's own.
 """
 
 from collections.abc import Iterable

@@ -5,9 +5,9 @@ x' = (x − δ)/S and whose output is wanted as y' = (y − ε)/T, that is
 
     W' = diag(1/T) · W · diag(S)        b' = (b + W δ − ε)/T
 
-and on a norm whose output is to be x', weight' = (weight + o)/S − o and bias' = (bias − δ)/S, where o is 1 in
-families that multiply by (1 + weight) and 0 elsewhere. A weight is never written out here: the factors
-are handed on, because quantization folds them in while it reads the weight (`fake_quantize_weight`).
+and on a norm whose output is to be x', weight' = (weight + o)/S − o and bias' = (bias − δ)/S, where o is 1 in families
+that multiply by (1 + weight) and 0 elsewhere. Transformed weights are not computed here: quantization applies the
+factors when it reads the weight (`fake_quantize_weight`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ SCALE, SHIFT = "scale", "shift"  # a transformation's learnables are called `nam
 
 @dataclass
 class Edits:
-    """What learnables ask of a block's parameters, by module name; `parameters` by parameter name.
+    """The changes of a block's parameters that learnables make, by module name; `parameters` by parameter name.
 
-    Factors of one module multiply. In this order they act on a linear: `weight` takes the weight's place, then come
-    the factors on rows and columns, then the grid with its clips and offsets, then `gain` and `multiplier`.
+    Several factors of one module are multiplied. They act on a linear in this order: `weight` replaces the weight, then
+    the factors on rows and columns, then quantization with clips and offsets, then `gain` and `multiplier`.
     """
 
     row: dict[str, Tensor] = field(default_factory=dict)  # (out,), factor on rows
@@ -98,7 +98,7 @@ class Reparameterized:
 def record_scales(
     params: Parameters, equivalences: Sequence[Equivalence], learnables: Mapping[str, Tensor], edits: Edits
 ) -> None:
-    """Write down in `edits` what `equivalences` do with their scales and shifts among `learnables`.
+    """Record in `edits` the effect of `equivalences` with their scales and shifts in `learnables`.
 
     A scale that is absent leaves its transformation out; an absent shift is zero.
     """
@@ -118,7 +118,7 @@ def reparameterize(
 
 
 def applied(params: Parameters, edits: Edits) -> Reparameterized:
-    """What `edits` make of a block's `params` before rounding. Pure and differentiable."""
+    """Apply `edits` to a block's `params`, before rounding. Pure and differentiable."""
     vectors: dict[str, Tensor] = {}
     for norm, (scale, shift, offset) in edits.norm.items():
         weight = params[f"{norm}.weight"]

@@ -1,4 +1,4 @@
-"""What smoothing needs to know of a linear's input: per-channel maxima and midpoints."""
+"""Statistics of a linear's input for smoothing: per-channel maxima and midpoints."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Models and text that come with the package, so that everything can be tried offline."""
+"""Bundled models and texts, so that everything works offline."""
 
 from pathlib import Path
 

@@ -1,9 +1,8 @@
-"""Offline pictures: coloured shapes at random places, sizes and angles, over cluttered backgrounds with noise.
+"""Offline images: coloured shapes with random positions, sizes and angles over cluttered, noisy backgrounds.
 
-`shapes` is one shape per picture, to be classified into the twenty `CLASSES`, a shape and its colour.
-`shapes-vqa` has one to three shapes per picture and questions with one-word answers: colour, shape, count,
-left or right. Every picture follows from its seed alone; the training seeds and the held-out seeds are ranges
-that never meet.
+`shapes` has one shape per image, in twenty `CLASSES` of shape and colour. `shapes-vqa` has one to three shapes per
+image and questions with one-word answers: colour, shape, count, left or right. The seed determines an image; training
+seeds and held-out seeds are disjoint ranges.
 """
 
 import math

@@ -60,7 +60,7 @@ def test_a_minimum_in_float16_is_off_by_half_a_thousandth_at_most(bits: int, nam
 
 @pytest.mark.parametrize(
     ("bits", "group", "symmetric", "said"),
-    [(4, 16, True, "multiple of 32"), (4, 48, True, "multiple of 32"), (8, None, False, "use --symmetric")],
+    [(4, 16, True, "multiples of 32"), (4, 48, True, "multiples of 32"), (8, None, False, "use --symmetric")],
 )
 def test_what_no_block_holds_is_refused(bits: int, group: int | None, symmetric: bool, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -115,7 +115,7 @@ def test_widths_that_no_block_divides_are_kept_whole(tmp_path: Path) -> None:
     folder = quantized(model, tmp_path / "w4", wbits=4, abits=8, symmetric=True, quantize_attention=False)
     written = export(folder, tmp_path / "out.gguf")
     assert [note.split(":")[0] for note in written.notes] == [
-        "The checkpoint's 8-bit activations are not part of a GGUF",
+        "The checkpoint's 8-bit activations are not part of a GGUF file",
         "2 weights are float32",
     ]
     loaded = lrquant.load(str(folder)).state_dict()
@@ -125,7 +125,7 @@ def test_widths_that_no_block_divides_are_kept_whole(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "groups of 16": ({}, {"wbits": 4, "abits": 16, "group_size": 16, "symmetric": True}, "multiple of 32"),
+    "groups of 16": ({}, {"wbits": 4, "abits": 16, "group_size": 16, "symmetric": True}, "multiples of 32"),
     "eight bits with zero points": ({}, {"wbits": 8, "abits": 16}, "use --symmetric"),
     "four-bit floats": ({}, {"format": "nvfp4a16"}, "holds 4-bit floats, not integers"),
     "scales in float32": (
@@ -156,10 +156,10 @@ def test_what_cannot_be_held_is_refused(case: str, tmp_path: Path) -> None:
 
 def test_bad_targets_and_damaged_files(four_bits: Path, tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("")
-    for target, said in (("there.gguf", "already exists"), ("nowhere/out.gguf", "no folder")):
+    for target, said in (("there.gguf", "already exists"), ("nowhere/out.gguf", "does not exist")):
         with pytest.raises(UsageError, match=said):
             export(four_bits, tmp_path / target)
-    with pytest.raises(UsageError, match="no exporter 'onnx': there are gguf"):
+    with pytest.raises(UsageError, match="unknown exporter 'onnx': there are gguf"):
         export(four_bits, tmp_path / "out.gguf", to="onnx")
     with pytest.raises(UsageError, match="dtype int3: gguf has f16"):
         export(four_bits, tmp_path / "out.gguf", dtype="int3")

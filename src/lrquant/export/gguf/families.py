@@ -1,8 +1,8 @@
-"""How llama.cpp calls model families, what it wants to know of them, and where its tensors differ from transformers'.
+"""Model families in llama.cpp: names, metadata, and tensors that differ from transformers'.
 
-A family is a row of `FAMILIES`. Rotary embeddings that turn neighbouring channels (llama.cpp's NORM type), where
-transformers turns channel i with i + d/2, want the rows of queries and keys in that order. Gemma's norms multiply by
-1 + w in transformers and by w here.
+A family is a row of `FAMILIES`. llama.cpp's NORM type of rotary embeddings rotates adjacent channels, while
+transformers rotates channel i with i + d/2, so the rows of queries and keys are reordered. Gemma's norms multiply by 1
++ w in transformers and by w in llama.cpp.
 """
 
 import math
