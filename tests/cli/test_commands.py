@@ -23,6 +23,13 @@ def test_quantize_needs_only_a_model(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / f"{tiny.name}-w4a16-g64" / "model.safetensors").is_file()
 
 
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lrquant.cli.main.sys.platform", "win32")
+    done = lrquant("doctor")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "Error: lrquant does not run on Windows; use WSL (the Windows Subsystem for Linux)"
+
+
 def test_quantize_then_eval(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "held-out.txt").write_text("Every statement ends somewhere. " * 200)
     out, figures = tmp_path / "out", tmp_path / "figures.json"
