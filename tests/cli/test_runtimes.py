@@ -37,7 +37,7 @@ def test_what_nothing_serves_is_said_before_the_work(tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
     assert "W6A6: no program runs this format" in said
-    assert "--wbits 6 --abits 8 --for vllm is served" in said
+    assert "Programs run --wbits 6 --abits 8 --for vllm." in said
 
 
 def test_what_cannot_run_there_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_no_other_choice_of_that_size_is_better() -> None:
 
 @pytest.mark.parametrize("target", [1.9, 4.1])
 def test_a_target_out_of_reach_names_what_is(target: float) -> None:
-    with pytest.raises(UsageError, match=rf"target bits {target}: .* take 2.00 to 4.00 bits on average"):
+    with pytest.raises(UsageError, match=rf"target bits {target}: .* have 2.00 to 4.00 bits on average"):
         choose([unit("one", 10, {2: 1.0, 4: 0.1})], target)
 
 

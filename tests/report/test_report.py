@@ -204,7 +204,7 @@ def test_what_is_said_follows_the_numbers() -> None:
     assert hardest is not None
     assert hardest.index == 0
     odd = helped.blocks[1].model_copy(update={"outcome": "kept initial"})
-    assert "1 block to look at" in [finding.title for finding in findings(run(odd))]
+    assert "1 block needs attention" in [finding.title for finding in findings(run(odd))]
 
 
 def test_it_is_made_again_without_the_model(made: Path, tmp_path: Path) -> None:

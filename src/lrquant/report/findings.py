@@ -194,4 +194,5 @@ def _odd_blocks(run: Run) -> Finding | None:
         return None
     text = ". ".join(f"Block {block.index}: {stands_out(block)}" for block in odd[:8])
     more = f". And {len(odd) - 8} more" if len(odd) > 8 else ""
-    return Finding(f"{len(odd)} block{'s' * (len(odd) > 1)} that need attention", f"{text}{more}.", "bad")
+    title = "1 block needs attention" if len(odd) == 1 else f"{len(odd)} blocks need attention"
+    return Finding(title, f"{text}{more}.", "bad")
