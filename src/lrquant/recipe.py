@@ -31,9 +31,11 @@ from lrquant.settings import HIGH_PRECISION_BITS, Panel, setting, setting_of
 
 if TYPE_CHECKING:
     from lrquant.formats import NamedFormat, Scheme
+    from lrquant.formats.schemes import LinearFormat
 
 RECIPE_FILE = "recipe.yaml"  # beside every result
 _MAX_YAML_BYTES = 1 << 20
+LINEAR_FORMAT = ("wbits", "abits", "group_size", "symmetric")  # what `formats` may say of some linears
 
 
 class Recipe(BaseModel):
@@ -63,6 +65,19 @@ class Recipe(BaseModel):
         "Modules outside the blocks to quantize as well: head, projector, patch_embedding",
         metavar="NAMES",
         formerly="also",
+    )
+    ignore: tuple[str, ...] = setting(
+        (),
+        Panel.TARGET,
+        "Linears to leave in floating point: a glob over modules' names, such as '*.down_proj'; repeatable",
+        metavar="PATTERN",
+    )
+    only: tuple[str, ...] = setting(
+        (),
+        Panel.TARGET,
+        "Linears to quantize, and no others: a glob over modules' names; repeatable",
+        metavar="PATTERN",
+        unset="all",
     )
 
     numbers: str = setting(
@@ -104,6 +119,13 @@ class Recipe(BaseModel):
     )
     layer_bits: dict[str, int] | None = setting(
         None, Panel.FORMAT, "Bits of each linear's weights, by name; chosen by mixed precision", option=None
+    )
+    formats: dict[str, dict[str, int | bool | None]] = setting(
+        {},
+        Panel.FORMAT,
+        "Other formats of some linears: a glob over modules' names → wbits, abits, group_size, symmetric; the last "
+        "that fits counts",
+        option=None,
     )
 
     calibration: str = setting(
@@ -304,11 +326,17 @@ class Recipe(BaseModel):
             raise ValueError("integers have 2 to 8 bits, and 16 leaves a tensor unquantized")
         return bits
 
+    @field_validator("ignore", "only", mode="before")
+    @classmethod
+    def _one_pattern(cls, patterns: Any) -> Any:
+        return (patterns,) if isinstance(patterns, str) else patterns
+
     @model_validator(mode="after")
     def _something_to_do(self) -> "Recipe":
         if self.wbits == self.abits == HIGH_PRECISION_BITS and self.kv_cache is None:
             raise ValueError("wbits and abits are both 16: nothing would be quantized")
         self._check_numbers()
+        self._check_formats()
         if self.kv_cache is not None and self.quantize_attention and self.abits != HIGH_PRECISION_BITS:
             raise ValueError("attention inputs are already quantized: leave out kv_cache or quantize_attention")
         if self.target_bits is not None and (not self._weights.chooses or self.wbits == HIGH_PRECISION_BITS):
@@ -350,6 +378,31 @@ class Recipe(BaseModel):
         if gain and not weights.chooses and not weights.weights.takes_gain:
             raise ValueError(f"{weights.title}'s scales cannot hold a rotation vector: set rotation_vectors to false")
 
+    def _check_formats(self) -> None:
+        if not self.formats:
+            return
+        if not (self._weights.chooses and self._inputs.chooses) or self.wbits == HIGH_PRECISION_BITS:
+            raise ValueError("formats of some linears are integers: not with floats, nor with 16-bit weights")
+        if self.target_bits is not None or self.dense:
+            raise ValueError("formats of some linears: not with target_bits, nor with rotation_rank above 1")
+        for pattern, own in self.formats.items():
+            odd = next((name for name in own if name not in LINEAR_FORMAT), None)
+            if odd or not own:
+                raise ValueError(f"formats of {_shown(pattern)}: {odd or 'nothing'}; give {', '.join(LINEAR_FORMAT)}")
+            if own.get("wbits") == HIGH_PRECISION_BITS:
+                raise ValueError(f"formats of {_shown(pattern)}: to leave linears in floating point there is ignore")
+            self._of_linears(own)
+
+    def _of_linears(self, own: Mapping[str, int | bool | None]) -> "LinearFormat":
+        """The formats of linears that have `own` in place of this recipe's."""
+        from lrquant.formats.schemes import LinearFormat, activation_args, weight_args
+
+        values = {name: getattr(self, name) for name in LINEAR_FORMAT} | dict(own)
+        inputs = None
+        if values["abits"] != HIGH_PRECISION_BITS:
+            inputs = activation_args(values["abits"], self.activations_symmetric)
+        return LinearFormat(weight_args(values["wbits"], values["group_size"], values["symmetric"]), inputs)
+
     @property
     def _weights(self) -> "NamedFormat":
         return _formats()[self.numbers]
@@ -373,6 +426,8 @@ class Recipe(BaseModel):
             from lrquant.formats.presets import CACHES
 
             scheme = replace(scheme, kv_cache=CACHES[self.kv_cache].input_args())
+        formats = tuple((pattern, self._of_linears(own)) for pattern, own in self.formats.items())
+        scheme = replace(scheme, ignore=self.ignore, only=self.only, formats=formats)
         return replace(scheme, bits=self.layer_bits) if self.layer_bits else scheme
 
     @property

@@ -132,7 +132,7 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
     run = BlockForward(blocks[0], 0, inputs, CPU, 2)
     fixed = BlockParameters.of(blocks[0], (), recipe.scheme, torch.bfloat16)
     targets = [[torch.zeros_like(hidden) for hidden in inputs.hidden]]
-    inputs_args = linear_input_args(blocks[0], recipe, set())
+    inputs_args = linear_input_args(blocks[0], recipe.scheme, set())
     with quantized_activations(blocks[0], inputs_args, recipe.scheme.attention_inputs), kernels.using("eager"):
         found = []
         for graph in (None, CompiledBlocks(recipe, CPU).of(blocks[0], fixed)):

@@ -243,6 +243,7 @@ FORMATS: list[dict[str, Any]] = [
     {"rounding": "learned"},
     {"rounding": "gptq"},
     {"rotate": ("stream", "values")},
+    {"wbits": 4, "abits": 4, "ignore": ("*.0.mlp",), "formats": {"*.o_proj": {"wbits": 8, "abits": 8}}},
     {"method": "lrquant-max", "rotate": ("stream", "values", "down"), "wbits": 4, "abits": 4},
 ]
 

@@ -200,7 +200,7 @@ def _kind(field: "FieldInfo") -> Any:
 def _plain(field: "FieldInfo", given: Any) -> Any:
     """A given value as the recipe takes it."""
     if isinstance(given, list):
-        return tuple(given)
+        return tuple(given) or None
     if isinstance(given, str) and _kind(field) is str and "tuple" in str(field.annotation):
         return tuple(given.split(","))
     return given

@@ -22,10 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrquant.architectures.targets import linears_of
 from lrquant.calibration.activation_cache import ActivationStore, Where
-from lrquant.entrypoints.preparation import PreparedRun, check_result, check_shared, pick_machine, prepare
+from lrquant.entrypoints.preparation import (
+    PreparedRun,
+    check_result,
+    check_shared,
+    linears_by_path,
+    pick_machine,
+    prepare,
+)
 from lrquant.export.compressed_tensors import buffers_of, needs_whole_weights, pack_block
 from lrquant.export.shards import MOST_BYTES
+from lrquant.loading.original import BlockPlace
 from lrquant.loading.pretrained import fetched_folder
 from lrquant.loading.validation import weight_files
 from lrquant.passes.pipeline import carry_out
@@ -89,17 +98,31 @@ def estimate(
     check_shared(recipe, None, Ranks(0, ranks))
     machine = pick_machine(recipe, device, shared=False)
     prepared = prepare(model, recipe, machine, in_memory=False, trust_remote_code=trust_remote_code)
-    check_result(prepared)
+    planned = check_result(prepared)
     mine = -(-prepared.recipe.nsamples // ranks)
     tried = _tried(prepared, ranks)
     cache = prepared.cache(activations, samples=mine)
-    firsts = frozenset(place.index for place in prepared.original.places if place.within == 0)
-    trial = _Trial(firsts, prepared.original.storage_dtype, prepared.recipe)
+    firsts = _firsts(prepared)
+    trial = _Trial(frozenset(firsts.values()), prepared.original.storage_dtype, prepared.recipe)
     clock = _Clock(len(tried.samples))
-    guess = _Extrapolation(prepared, trial, clock, cache, mine, opened=time.perf_counter() - began)
+    guess = _Extrapolation(
+        prepared, trial, clock, cache, mine, firsts=firsts, planned=planned, opened=time.perf_counter() - began
+    )
     with prepared.advising(cache):
         carry_out(tried.run(_InMemory(cache, machine.device), journal=trial, callback=clock))
     return guess.estimate(memory.peak_bytes())
+
+
+def _firsts(prepared: PreparedRun) -> dict[int, int]:
+    """Every block by number → the block that is tried for it: the first of its stage that has something to quantize."""
+    linears, scheme = linears_by_path(prepared.original), prepared.recipe.scheme
+    chosen = {name for name in linears if not scheme.leaves(name)}
+    firsts: dict[int, int] = {}
+    for stage in prepared.original.stages:
+        places = [place for place in prepared.original.places if place.stage is stage]
+        first = next((each for each in places if any(name.startswith(f"{each.path}.") for name in chosen)), places[0])
+        firsts |= dict.fromkeys((place.index for place in places), first.index)
+    return firsts
 
 
 def _tried(prepared: PreparedRun, ranks: int) -> PreparedRun:
@@ -125,6 +148,8 @@ class _Extrapolation:
 
     Args:
         mine: samples of one process.
+        firsts: the block that was tried for each.
+        planned: bytes of every block in the checkpoint, by path, added biases left out.
         opened: seconds until the first block.
     """
 
@@ -133,6 +158,8 @@ class _Extrapolation:
     clock: "_Clock"
     cache: ActivationStore
     mine: int
+    firsts: Mapping[int, int]
+    planned: Mapping[str, int]
     opened: float
 
     def __post_init__(self) -> None:
@@ -156,16 +183,16 @@ class _Extrapolation:
             activations=self.cache.where,
             activation_bytes=self.cache.bytes_expected,
             peak_memory_bytes=peak_bytes + self._more_memory(checkpoint),
-            step_seconds=self.clock.step(0),
+            step_seconds=self.clock.step(self.firsts[0]),
             seconds=self._seconds(),
             coverage=self.prepared.coverage,
             notes=tuple(self.prepared.notes),
         )
 
     def _parts(self) -> Iterator[tuple[int, float]]:
-        """Of every block, the first one of its stage and how many times larger it is than that."""
+        """Of every block, the one that was tried for it and how many times larger it is than that."""
         for place, size in zip(self.prepared.original.places, self.sizes, strict=True):
-            first = place.index - place.within
+            first = self.firsts[place.index]
             yield first, size / max(1, self.sizes[first])
 
     def _seconds(self) -> float:
@@ -183,12 +210,24 @@ class _Extrapolation:
         """(the checkpoint's tensors, finished blocks beside it until it is whole)."""
         recipe, trial = self.prepared.recipe, self.trial
         checkpoint = work = 0.0
-        for first, like in self._parts():
-            packed = trial.packed[first] if recipe.target_bits is None else self.sizes[first] * recipe.target_bits / 8
-            checkpoint += like * packed
-            work += like * (packed + trial.kept[first] - trial.packed[first])
+        places = self.prepared.original.places
+        for place, (first, like) in zip(places, self._parts(), strict=True):
+            packed = self._within_budget(place)
+            if recipe.target_bits is None:
+                packed = trial.packed[first] * self.planned[place.path] / max(1, self.planned[places[first].path])
+            checkpoint += packed
+            work += packed + like * (trial.kept[first] - trial.packed[first])
         checkpoint += (self.parameters - sum(self.sizes)) * self.prepared.original.storage_dtype.itemsize
         return int(checkpoint), int(work)
+
+    def _within_budget(self, place: BlockPlace) -> float:
+        """A block's bytes when its quantized weights take the bits of the budget on average."""
+        recipe, original = self.prepared.recipe, self.prepared.original
+        linears = linears_of(original.model.get_submodule(place.path))
+        chosen = recipe.scheme.within(place.path).chosen(linears).values()
+        weights = sum(linear.weight.numel() for linear in chosen)
+        kept = (self.sizes[place.index] - weights) * original.storage_dtype.itemsize
+        return kept + weights * (recipe.target_bits or 0) / 8
 
     def _more_memory(self, checkpoint: int) -> int:
         """Bytes that the run holds and the trial did not: hidden states, integers, a shard being written."""

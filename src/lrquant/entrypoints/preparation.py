@@ -19,6 +19,7 @@ from lrquant.architectures.targets import linears_of
 from lrquant.calibration.activation_cache import ActivationStore
 from lrquant.calibration.samples import TokenIds, samples_of, text_samples
 from lrquant.calibration.text import check_vocabulary
+from lrquant.entrypoints.choice import check_choice
 from lrquant.entrypoints.resolve import resolve
 from lrquant.errors import UsageError
 from lrquant.export.compressed_tensors import check_layout
@@ -187,26 +188,29 @@ def check_format(original: Original, recipe: Recipe) -> None:
     Raises:
         UsageError: it names the module and the remedy.
     """
+    check_choice(original.model, linears_by_path(original), recipe)
     coverage = covered(original, recipe)
     if coverage is not None:
         coverage.check()
-    check_group_size(linears_by_path(original), recipe.scheme.group_size)
+    check_group_size(linears_by_path(original), recipe.scheme)
     check_layout(original.model, [place.path for place in original.places], recipe.stored_scheme)
 
 
-def check_result(prepared: PreparedRun) -> None:
-    """Raise unless plain transformers will be able to load the result, without computing anything.
+def check_result(prepared: PreparedRun) -> dict[str, int]:
+    """Raise unless plain transformers will load what the run is about to make; returns its blocks' bytes, by path.
+
+    Nothing is computed for that. Where mixed precision finds the bits, they are not known yet.
 
     Raises:
         UsageError: it will not.
     """
     original, recipe = prepared.original, prepared.recipe
     paths = [place.path for place in original.places]
-    rehearse(original.model, recipe, original.storage_dtype, paths=paths, name=original.name)
+    return rehearse(original.model, recipe, original.storage_dtype, paths=paths, name=original.name)
 
 
 def linears_by_path(original: Original) -> dict[str, nn.Linear]:
-    """Every linear of every block by its full name: what is quantized."""
+    """Every linear of every block by its full name: what is quantized unless the recipe leaves it."""
     found: dict[str, Any] = {}
     for place in original.places:
         block = original.model.get_submodule(place.path)
@@ -218,6 +222,12 @@ def covered(original: Original, recipe: Recipe) -> Coverage | None:
     """Which share of the model `recipe` quantizes; None: it leaves weights alone."""
     if recipe.scheme.weights is None:
         return None
-    names = [*linears_by_path(original), *chosen_modules(original.model, recipe.extra)]
-    quantized = {f"{name}.weight" for name in names}
-    return coverage_of(original.model, [place.path for place in original.places], quantized)
+    linears = linears_by_path(original)
+    quantized = recipe.scheme.chosen(linears)
+    names = [*quantized, *chosen_modules(original.model, recipe)]
+    return coverage_of(
+        original.model,
+        [place.path for place in original.places],
+        {f"{name}.weight" for name in names},
+        ignored=lambda module: module in linears and module not in quantized,
+    )

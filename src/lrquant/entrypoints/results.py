@@ -1,7 +1,7 @@
 """Return values of `quantize` and `adapt`: the model or checkpoint, records of the run, and notes."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,15 +60,24 @@ def keep_activations_quantized(model: Any, recipe: Recipe, result: Reconstructio
     """Leave `model` computing as its checkpoint will."""
     for path in result.block_paths:
         block = model.get_submodule(path)
-        inputs = linear_input_args(block, recipe, result.flat_inputs_within(path))
+        inputs = linear_input_args(block, recipe.scheme.within(path), result.flat_inputs_within(path))
         install(inputs, block.modules(), recipe.scheme.attention_inputs if result.attention_quantized else None)
-    if recipe.scheme.inputs is not None:
+    if recipe.scheme.all_inputs:
         linears = {name: model.get_submodule(name) for name in result.outside.weights}
         schemes = {
-            module: recipe.scheme.for_linear(module.in_features, name in result.outside.flat).input_activations
+            module: recipe.scheme.of(name).for_linear(module.in_features, name in result.outside.flat).input_activations
             for name, module in linears.items()
         }
         install(schemes, (), None)
+
+
+def _words(own: Mapping[str, int | bool | None]) -> str:
+    """`8 bits, group size 32` from a recipe's `formats`."""
+    said = {"wbits": "weights of {} bits", "abits": "inputs of {} bits", "group_size": "groups of {}"}
+    words = [said[name].format(value) for name, value in own.items() if name in said and value is not None]
+    words += ["a scale for each row"] if own.get("group_size", 0) is None else []
+    words += ["symmetric" if own["symmetric"] else "asymmetric"] if "symmetric" in own else []
+    return ", ".join(words)
 
 
 def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list[str]:
@@ -95,6 +104,7 @@ def notes_of(original: Original, recipe: Recipe, result: Reconstruction) -> list
             f"Rotations of rank {recipe.rotation_rank} do not fold into scales: the checkpoint stores the rounded "
             "weights dense, in floating point, and saves no space. This is a research option."
         )
+    notes += [f"Linears {pattern}: {_words(own)}." for pattern, own in recipe.formats.items()]
     if recipe.layer_bits:
         counts = Counter(recipe.layer_bits.values())
         spread = ", ".join(f"{counts[bits]} of {bits}" for bits in sorted(counts))

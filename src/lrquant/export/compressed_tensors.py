@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import compressed_tensors
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lrquant._registration import OWN_METHOD
 from lrquant.architectures.targets import has_exposed, is_linear, linears_of, mixtures_of
 from lrquant.errors import UsageError
+from lrquant.export.expert_layout import stored_names
 from lrquant.export.skeleton import fills_weights
 from lrquant.formats import Scheme, format_of
 from lrquant.formats.activation_quant import CACHE_SCALES
@@ -50,7 +50,8 @@ def needs_whole_weights(model: nn.Module, path: str) -> bool:
 
 def check_layout(model: nn.Module, paths: Sequence[str], scheme: Scheme) -> None:
     """Raise when no checkpoint can hold the blocks at `paths` in `scheme`."""
-    path = next((path for path in paths if packs_numbers(scheme) and needs_whole_weights(model, path)), None)
+    packed = [path for path in paths if packs_numbers(scheme) and _quantized_in(model, path, scheme)]
+    path = next((path for path in packed if needs_whole_weights(model, path)), None)
     if path is not None:
         name = type(model.get_submodule(path)).__name__
         raise UsageError(
@@ -99,17 +100,20 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     model that got biases for its shifts, or whose inputs are transformed at run time, is marked with lrquant's own
     method; the biases are listed, the transforms described as compressed-tensors describes them.
     """
-    quantized = _quantized_linears(model, result)
+    quantized = _quantized_linears(model, result, scheme)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    groups = _groups_by_bits(model, result, scheme) if scheme.bits else _groups(model, result, scheme)
+    groups = _groups_by_linear(model, result, scheme) if scheme.mixed else _groups(model, result, scheme)
     formats = {group.format for group in groups.values()}
+    names = stored_names(model, result.own_layout)
     stored = storage_format(scheme) if len(formats) > 1 else next(iter(formats))
     packed = CompressionFormat(stored) is not CompressionFormat.dense
     config = QuantizationConfig(
         config_groups=groups,
         format=CompressionFormat.mixed_precision.value if len(formats) > 1 else CompressionFormat(stored).value,
         quantization_status=QuantizationStatus.COMPRESSED if packed else QuantizationStatus.FROZEN,
-        ignore=[name for name in linears if name not in quantized and name not in result.outside.weights],
+        ignore=[
+            names.get(name, name) for name in linears if name not in quantized and name not in result.outside.weights
+        ],
         kv_cache_scheme=scheme.kv_cache,
     )
     data: dict[str, Any] = config.model_dump(mode="json", exclude={"moe_sparsity_config"})
@@ -129,45 +133,47 @@ def quantization_config(model: nn.Module, result: Reconstruction, scheme: Scheme
     return data
 
 
-def _groups_by_bits(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
-    """One group for each number of bits, layout and width of a flat input; its targets are linears by name."""
+def _groups_by_linear(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
+    """One group for each format, layout and width of a flat input; its targets are linears by name."""
     groups: dict[tuple[Any, ...], QuantizationScheme] = {}
-    for path in result.block_paths:
-        whole = needs_whole_weights(model, path)
-        for within, module in linears_of(model.get_submodule(path)).items():
-            name = f"{path}.{within}"
-            own, flat = scheme.of(name), name in result.flat_inputs and scheme.inputs is not None
-            found = own.for_linear(module.in_features, flat)
-            found.format = storage_format(own, whole).value
-            if found.weights is not None and pads_zero_points(own, whole):
-                found.weights = found.weights.model_copy(update={"zp_dtype": torch.int32})
-            bits = 0 if own.weights is None else own.weights.num_bits
-            key = (bits, found.format, module.in_features if flat else 0)
-            groups.setdefault(key, found).targets.append(rf"re:.*{re.escape(name)}$")
-    named = {f"group_{number}": groups[key] for number, key in enumerate(sorted(groups))}
-    if result.outside.weights:
-        others = _groups(model, result, replace(scheme, bits={}))
-        named |= {f"group_{len(named) + number}": group for number, group in enumerate(others.values())}
-    return named
-
-
-def _quantized_linears(model: nn.Module, result: Reconstruction) -> dict[str, nn.Linear]:
-    """The quantized linears of all blocks, by their full names."""
-    return {
-        f"{path}.{name}": linear
+    linears = [
+        (name, module, name in result.flat_inputs, needs_whole_weights(model, path))
         for path in result.block_paths
-        for name, linear in linears_of(model.get_submodule(path)).items()
-    }
+        for name, module in _quantized_in(model, path, scheme).items()
+    ]
+    for name in result.outside.weights:
+        module: Any = model.get_submodule(name)
+        linears.append((name, module, name in result.outside.flat, needs_whole_weights(model, "")))
+    for name, module, flat, whole in linears:
+        own = scheme.of(name)
+        found = own.for_linear(module.in_features, flat)
+        found.format = storage_format(own, whole).value
+        if found.weights is not None and pads_zero_points(own, whole):
+            found.weights = found.weights.model_copy(update={"zp_dtype": torch.int32})
+        bits = 0 if own.weights is None else own.weights.num_bits
+        key = (bits, found.format, module.in_features if flat and own.inputs is not None else 0, str(found))
+        groups.setdefault(key, found).targets.append(rf"re:.*{re.escape(name)}$")
+    return {f"group_{number}": groups[key] for number, key in enumerate(sorted(groups))}
+
+
+def _quantized_in(model: nn.Module, path: str, scheme: Scheme) -> dict[str, nn.Linear]:
+    """The quantized linears of the block at `path`, by their full names."""
+    return scheme.chosen({f"{path}.{name}": linear for name, linear in linears_of(model.get_submodule(path)).items()})
+
+
+def _quantized_linears(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, nn.Linear]:
+    """The same of all blocks."""
+    return {name: linear for path in result.block_paths for name, linear in _quantized_in(model, path, scheme).items()}
 
 
 def _groups(model: nn.Module, result: Reconstruction, scheme: Scheme) -> dict[str, QuantizationScheme]:
-    linears = _quantized_linears(model, result)
+    linears = _quantized_linears(model, result, scheme)
     linears |= {name: model.get_submodule(name) for name in result.outside.flat}  # type: ignore[misc]
     ordinary = scheme.for_linear(0, flat_input=False)
     ordinary.targets = ["Linear"]
     groups = {"group_0": ordinary}
     mixtures = _mixtures(model, result.block_paths)
-    flat_inputs = {_any_block(name, mixtures): name for name in sorted(result.flat_inputs)}
+    flat_inputs = {_any_block(name, mixtures): name for name in sorted(result.flat_inputs) if name in linears}
     flat_inputs |= {rf"re:.*{re.escape(name)}$": name for name in sorted(result.outside.flat)}
     by_width: dict[int, QuantizationScheme] = {}
     for pattern, name in flat_inputs.items() if scheme.inputs else ():
@@ -225,7 +231,7 @@ def unpack_block(
         local = {
             f"weight{name.removeprefix(prefix)}": part for name, part in tensors.items() if name.startswith(prefix)
         }
-        if format_of(scheme.weights).scales.unpacked is None:
+        if own.weights is not None and format_of(own.weights).scales.unpacked is None:
             local["weight_scale"] = local["weight_scale"].to(products)
         result[prefix] = packer.decompress(local, quantization)["weight"].to(dtype)
     inside = tuple(f"{linear}.weight" for linear in linears)

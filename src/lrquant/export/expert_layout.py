@@ -31,10 +31,12 @@ def loads_plainly(model: Any, scheme: Scheme, paths: Sequence[str]) -> bool:
     }
     if not views:
         return True
+    if any(map(scheme.leaves, views)):  # transformers merges packed experts, and only those
+        return False
     merged = (
         storage_format(scheme) is CompressionFormat.pack_quantized
         and scheme.inputs is None
-        and not scheme.bits
+        and not scheme.mixed
         and not dequantized_on_load(scheme)
     )
     return merged and views <= names_in_files(model).keys()

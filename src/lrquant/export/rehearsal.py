@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrquant.architectures.targets import has_exposed
+from lrquant.architectures.targets import has_exposed, linears_of
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export.compressed_tensors import STATIC_SCALES, block_tensors, outside_tensors, quantization_config
 from lrquant.export.expert_layout import in_own_layout, stored_names
@@ -31,8 +31,10 @@ from lrquant.runtime.distributed import apart
 from lrquant.runtime.memory import available_bytes
 
 
-def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str], name: str) -> int:
-    """Raise unless plain transformers will load what `recipe` makes of `model`; returns the result's bytes.
+def rehearse(
+    model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: Sequence[str], name: str
+) -> dict[str, int]:
+    """Raise unless plain transformers will load what `recipe` makes of `model`; returns the result's bytes by block.
 
     Modules outside the blocks are taken as they are, and so are biases that a shift would add.
 
@@ -45,12 +47,15 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
         result.frozen = list(_frozen_blocks(skeleton, recipe, storage_dtype, paths=paths))
         result.own_layout = in_own_layout(skeleton, result)
         names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
-        for group in (*outside_tensors(skeleton, result, scheme, storage_dtype),
-                      *block_tensors(skeleton, result, scheme, storage_dtype)):  # fmt: skip
+        for group in outside_tensors(skeleton, result, scheme, storage_dtype):
+            tensors |= as_stored_before(model, group, names)
+        sizes = dict[str, int]()
+        for path, group in zip(paths, block_tensors(skeleton, result, scheme, storage_dtype), strict=True):
+            sizes[path] = sum(tensor.nbytes for tensor in group.values())
             tensors |= as_stored_before(model, group, names)
         # Plain transformers refuses the one, and merges the other's experts by their values, which are not here.
         if result.own_layout or has_exposed(model):
-            return sum(tensor.nbytes for tensor in tensors.values())
+            return sizes
         config = deepcopy(model.config)
         config.quantization_config = quantization_config(skeleton, result, scheme)
         found = _loaded(type(model), None, config=config, state_dict=tensors)
@@ -60,7 +65,7 @@ def rehearse(model: Any, recipe: Recipe, storage_dtype: torch.dtype, *, paths: S
         raise UsageError(f"{name}: transformers could not load the result ({first_line(error)})") from error
     missing = {key for key in found["missing_keys"] if not key.endswith(STATIC_SCALES)}  # those come from calibration
     _check({**found, "missing_keys": missing}, name, kind=UsageError)
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sizes
 
 
 def _frozen_blocks(
@@ -71,7 +76,7 @@ def _frozen_blocks(
     for path in paths:
         block, scheme = skeleton.get_submodule(path), recipe.scheme.within(path)
         shapes = tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
-        key = type(block), shapes, tuple(sorted(scheme.bits.items()))
+        key = type(block), shapes, tuple(str(scheme.of(name).weights) for name in linears_of(block))
         if key not in found:
             fixed = BlockParameters.of(block, (), scheme, storage_dtype)
             found[key] = FrozenBlock({}, dict(fixed.tensors)) if recipe.dense else freeze(fixed, {})

@@ -115,6 +115,20 @@ def watched_attention(block: nn.Module, told: Callable[[str, Tensor, Tensor], No
             del vars(module)[_SEEN]
 
 
+def attention_modules(
+    modules: Iterable[nn.Module], linears: Mapping[Any, QuantizationArgs | None], scheme: AttentionScheme
+) -> list[nn.Module]:
+    """Those of `modules` whose attention inputs are quantized.
+
+    Where the inputs of all linears within a module stay in floating point, its queries, keys and values do so too. A
+    quantized cache is every block's.
+    """
+    if scheme.queries is None:
+        return list(modules)
+    formats = ((module, [linears[each] for each in module.modules() if each in linears]) for module in modules)  # type: ignore[index]
+    return [module for module, inside in formats if not inside or any(inside)]
+
+
 def install(
     linears: Mapping[nn.Linear, QuantizationArgs | None],
     attention: Iterable[nn.Module],
@@ -130,7 +144,7 @@ def install(
         queries, cache = (
             None if args is None else format_of(args) for args in (attention_scheme.queries, attention_scheme.cache)
         )
-        for module in attention:
+        for module in attention_modules(attention, linears, attention_scheme):
             setattr(module, _SCHEME, (queries, cache, cache))
     return handles
 

@@ -63,7 +63,7 @@ def _takes_bytes(scheme: Scheme) -> bool:
 def dequantized_on_load(scheme: Scheme) -> bool:
     """Whether plain transformers dequantizes the weights when it loads them, instead of at the first call."""
     weights = _weights(scheme)
-    if weights is None or scheme.inputs is not None or scheme.bits:  # on load there is one format for all
+    if weights is None or scheme.inputs is not None or scheme.mixed:  # on load there is one format for all
         return False
     return weights.scales.unpacked is not None or not weights.symmetric
 

@@ -5,8 +5,10 @@ per token or per group of channels, found at run time, or one that calibration f
 table's matter (presets.py). Whoever reads the checkpoint later (transformers, vLLM) reads these same objects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
 
@@ -14,6 +16,8 @@ from lrquant.errors import UsageError
 from lrquant.formats.integers import BITS, integers
 from lrquant.formats.number_format import NumberFormat, columns_and_rows
 from lrquant.formats.presets import HIGH_PRECISION_BITS, format_of
+
+_Linear = TypeVar("_Linear")
 
 
 def _check_bits(bits: int, what: str) -> None:
@@ -53,13 +57,30 @@ class AttentionScheme:
     cache: QuantizationArgs | None
 
 
+def fits(pattern: str, name: str) -> bool:
+    """Whether the glob `pattern` is the name of a module, or of one around it: `*.mlp` fits `layers.0.mlp.up_proj`."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:count]), pattern) for count in range(len(parts), 0, -1))
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """Formats of linears that have others than the model's."""
+
+    weights: QuantizationArgs | None
+    inputs: QuantizationArgs | None
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Formats of one model's linears: `weights`, their inputs, and queries, keys and values in attention.
 
     `None` means left in floating point. Attention inputs are quantized per token and head; or keys and values alone, as
-    the cache keeps them, `kv_cache`: by one calibrated scale for each of the two. `bits` says which linears'
-    weights have other bits than `weights`, by name in the model, or in the block (`within`).
+    the cache keeps them, `kv_cache`: by one calibrated scale for each of the two.
+
+    Linears differ by their names in the model: `ignore` and `only` are patterns of those that are left in floating
+    point and of those that are not; `formats` are patterns with formats of their own, of which the last that fits
+    counts; `bits` says which linears' weights have other bits, by name in the model, or in the block (`within`).
     """
 
     weights: QuantizationArgs | None
@@ -67,6 +88,10 @@ class Scheme:
     attention: QuantizationArgs | None = None
     bits: Mapping[str, int] = field(default_factory=dict)
     kv_cache: QuantizationArgs | None = None
+    ignore: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    formats: tuple[tuple[str, LinearFormat], ...] = ()
+    path: str = ""  # of the block within which linears are called by their names
 
     @classmethod
     def integer(
@@ -94,14 +119,44 @@ class Scheme:
     def within(self, path: str) -> "Scheme":
         """The same for one block, whose linears are called by their names within it."""
         inside = f"{path}."
+        if self.ignore or self.only or self.formats:
+            self = replace(self, path=path)
         named = {name.removeprefix(inside): bits for name, bits in self.bits.items() if name.startswith(inside)}
         return replace(self, bits=named) if self.bits else self
 
     def of(self, linear: str) -> "Scheme":
         """The scheme of one linear by name."""
-        if self.weights is None or linear not in self.bits:
-            return self
-        return replace(self, weights=self.weights.model_copy(update={"num_bits": self.bits[linear]}))
+        if self.leaves(linear):
+            return replace(self, weights=None, inputs=None)
+        own = [format for pattern, format in self.formats if fits(pattern, self._full_name(linear))]
+        found = replace(self, weights=own[-1].weights, inputs=own[-1].inputs) if own else self
+        if found.weights is None or linear not in self.bits:
+            return found
+        return replace(found, weights=found.weights.model_copy(update={"num_bits": self.bits[linear]}))
+
+    def _full_name(self, linear: str) -> str:
+        return f"{self.path}.{linear}" if self.path else linear
+
+    def leaves(self, linear: str) -> bool:
+        """Whether a linear stays in floating point, its input too."""
+        name = self._full_name(linear)
+        chosen = not self.only or any(fits(pattern, name) for pattern in self.only)
+        return not chosen or any(fits(pattern, name) for pattern in self.ignore)
+
+    def chosen(self, linears: Mapping[str, _Linear]) -> dict[str, _Linear]:
+        """Those of `linears`, by name, that are not left in floating point."""
+        return {name: linear for name, linear in linears.items() if not self.leaves(name)}
+
+    @property
+    def mixed(self) -> bool:
+        """Whether quantized linears have different formats."""
+        return bool(self.bits or self.formats)
+
+    @property
+    def all_inputs(self) -> Sequence[QuantizationArgs]:
+        """Every format that some linear's input has."""
+        formats = (self.inputs, *(own.inputs for _, own in self.formats))
+        return [args for args in formats if args is not None]
 
     @property
     def group_size(self) -> int | None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from compressed_tensors.utils import get_direct_state_dict, replace_direct_state_dict
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrquant.architectures import family_of
-from lrquant.architectures.targets import is_linear
-from lrquant.formats.activation_quant import CACHE_SCALES, install, route_attention, set_static_scale
+from lrquant.architectures.targets import is_linear, linears_of
+from lrquant.formats.activation_quant import CACHE_SCALES, attention_modules, install, route_attention, set_static_scale
 from lrquant.loading.pretrained import load_model, resolve_model
 from lrquant.recipe import RECIPE_FILE, Recipe
 from lrquant.runtime.distributed import apart
@@ -32,7 +32,11 @@ def apply_attention_quantization(model: Any, recipe: Recipe, scales: Mapping[str
     if scheme is None or not route_attention(model):
         return False
     for stage in family_of(model).stages(model, recipe.towers):
-        install({}, model.get_submodule(stage.path).modules(), scheme)
+        inputs: dict[nn.Module, Any] = {}
+        for index, block in enumerate(stage.blocks(model)):
+            own = recipe.scheme.within(f"{stage.path}.{index}")
+            inputs |= {module: own.of(name).inputs for name, module in linears_of(block).items()}
+        install({}, attention_modules(model.get_submodule(stage.path).modules(), inputs, scheme), scheme)
     for name, scale in scales.items():
         set_static_scale(model, name, scale)
     return True

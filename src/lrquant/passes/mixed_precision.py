@@ -80,9 +80,12 @@ def measured_units(run: Run) -> list[Unit]:
             first = sharing_inputs(forward.advance_full_precision(inputs.hidden)[0])
             for same in experts_alike(block):  # runtimes fuse all experts
                 first |= dict.fromkeys(same, first[same[0]])
+            scheme = run.recipe.scheme.within(place.path)
             measuring = _Measuring(forward, before, inputs.hidden, run.recipe.scheme, run.storage_dtype)
             for leader in dict.fromkeys(first.values()):
-                linears = tuple(name for name in linears_of(block) if first.get(name) == leader)
+                linears = tuple(name for name in scheme.chosen(linears_of(block)) if first.get(name) == leader)
+                if not linears:
+                    continue
                 mine = len(units) % ranks.world == ranks.rank
                 units.append(measuring.unit(place.path, linears, mine))
         run.callback.measured(place.index + 1, len(run.places))
@@ -195,9 +198,9 @@ def check_target(original: Original, recipe: Recipe) -> None:
     """
     shapes = [
         linear.weight.shape
-        for stage in original.stages
-        for block in stage.blocks(original.model)
-        for linear in linears_of(block).values()
+        for place in original.places
+        for name, linear in linears_of(original.model.get_submodule(place.path)).items()
+        if not recipe.scheme.within(place.path).leaves(name)
     ]
     weights = sum(shape.numel() for shape in shapes)
     sizes = [

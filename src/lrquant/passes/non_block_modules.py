@@ -7,7 +7,6 @@
 | patch_embedding | the convolution that turns patches into tokens; kept dense in checkpoints, which pack linears only |
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,14 +30,14 @@ HEADS = ("classifier", "cls_classifier", "distillation_classifier", "lm_head")
 PROJECTORS = ("multi_modal_projector", "connector", "merger")
 
 
-def chosen_modules(model: Any, extra: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules that `extra` names, by their full names.
+def chosen_modules(model: Any, recipe: Recipe) -> dict[str, nn.Module]:
+    """Modules that the recipe's `extra` names and that it does not ignore, by their full names.
 
     Raises:
         UsageError: the model has no such part, or its head is tied to the embedding.
     """
     chosen: dict[str, nn.Module] = {}
-    for part in extra:
+    for part in recipe.extra:
         found = {name: module for name, module in model.named_modules() if _is_part(name, module, part)}
         if not found:
             raise UsageError(f"extra {part!r}: this model does not have one")
@@ -47,7 +46,7 @@ def chosen_modules(model: Any, extra: Sequence[str]) -> dict[str, nn.Module]:
         if shared:
             raise UsageError(f"extra {part!r}: {shared} is tied to the embedding, which is not quantized")
         chosen |= found
-    return chosen
+    return recipe.scheme.chosen(chosen)
 
 
 def _is_part(name: str, module: nn.Module, part: str) -> bool:
@@ -63,13 +62,14 @@ def _is_part(name: str, module: nn.Module, part: str) -> bool:
 def round_modules(original: Original, recipe: Recipe, sample: dict[str, Any]) -> NonBlockModules:
     """Round the recipe's chosen parts of the model in place; `sample` shows the shape of their inputs."""
     model, storage_dtype = original.model, original.storage_dtype
-    modules = chosen_modules(model, recipe.extra)
-    flat = _flat_inputs(model, modules, sample) if recipe.scheme.inputs else frozenset()
+    modules = chosen_modules(model, recipe)
+    flat = _flat_inputs(model, modules, sample) if recipe.scheme.all_inputs else frozenset()
     weights = {}
     for name, module in modules.items():
-        assert recipe.scheme.weights is not None
+        args = recipe.scheme.of(name).weights
+        assert args is not None
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        format = format_of(recipe.scheme.weights)
+        format = format_of(args)
         rows = weight.detach().float().flatten(1)  # (out, in · kernel)
         if not is_linear(module):
             format = replace(format, group_size=None, group_rows=1)  # patches have few channels: a scale for each row
@@ -99,9 +99,9 @@ def check_modules(original: Original, recipe: Recipe) -> None:
     Raises:
         UsageError: it names the part.
     """
-    for name, module in chosen_modules(original.model, recipe.extra).items():
+    for name, module in chosen_modules(original.model, recipe).items():
         if isinstance(module, nn.Linear):
-            check_group_size({name: module}, recipe.scheme.group_size)
+            check_group_size({name: module}, recipe.scheme)
 
 
 def _carry_out(run: Run) -> None:

@@ -104,7 +104,8 @@ def rotate(original: Original, recipe: Recipe) -> Rotated:
                 block_source.alter(
                     path, partial(_rotate_all_values, pairs=_pairs(stage), recipe=recipe, seed=recipe.seed + 1 + place)
                 )
-            if "down" in recipe.rotate and stage.residual is not None:
+            if "down" in recipe.rotate and _turns_down(stage, path, recipe):
+                assert stage.residual is not None
                 linear: nn.Linear = block.get_submodule(stage.residual.down)  # type: ignore[assignment]
                 add_online_transform(linear)
                 block_source.alter(path, partial(_transform_down, stage.residual.down))
@@ -115,6 +116,11 @@ def rotate(original: Original, recipe: Recipe) -> Rotated:
         f"No Hadamard matrix of order {size} is known here: a random rotation is used instead." for size in unknown
     ]
     return Rotated(tuple(online), untied, notes)
+
+
+def _turns_down(stage: Stage, path: str, recipe: Recipe) -> bool:
+    """Whether the down projection of the block at `path` is known, and quantized."""
+    return stage.residual is not None and not recipe.scheme.within(path).leaves(stage.residual.down)
 
 
 def _allows(stage: Stage, part: str) -> bool:

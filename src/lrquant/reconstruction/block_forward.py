@@ -121,7 +121,7 @@ class BlockForward:
     ) -> dict[str, Tensor]:
         """Calibrated scales, (1,) each, by the names of their tensors, from the largest values that `stream` causes.
 
-        They belong to inputs of linears, and to keys and values, in the block `frozen`.
+        They are of linears' inputs, and of keys and values, in the block `frozen`, within which `scheme` calls linears.
         """
         inputs = format_of(scheme.inputs) if scheme.inputs is not None and scheme.has_static_inputs else None
         cache = None if scheme.kv_cache is None else format_of(scheme.kv_cache)
@@ -140,7 +140,7 @@ class BlockForward:
                 most.setdefault(scale, values.new_zeros(()))
                 see(scale, values)
 
-        linears = linears_of(self.block) if inputs is not None else {}
+        linears = scheme.chosen(linears_of(self.block)) if inputs is not None else {}
         names = {name: f"{name}.input{inputs.scales.global_name}" for name in linears if inputs is not None}
         for name, scale in names.items():
             assert inputs is not None
@@ -151,7 +151,10 @@ class BlockForward:
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)
         found = {name: self.ranks.most(largest) for name, largest in most.items()}
-        for same in experts_alike(self.block) if names else ():  # one that saw no token has the others' scale
+        for together in experts_alike(self.block) if names else ():  # one that saw no token has the others' scale
+            same = [name for name in together if name in names]
+            if not same:
+                continue
             largest = torch.stack([found[names[name]] for name in same]).amax()
             found |= {names[name]: largest for name in same if not found[names[name]]}
         scales = {name: formats[name].global_scale(largest, storage_dtype) for name, largest in found.items()}

@@ -8,22 +8,27 @@ from torch import nn
 
 from lrquant.architectures.targets import linears_of
 from lrquant.errors import LrquantError, UsageError
+from lrquant.formats import Scheme
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.transforms import Equivalence, QueryKey, UpToDown, ValueToOutput
 from lrquant.transforms.bias_slots import missing_biases
 
 
-def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe) -> list[Equivalence]:
-    """The family's transformations that the recipe enables.
+def enabled_equivalences(declared: Sequence[Equivalence], recipe: Recipe, path: str) -> list[Equivalence]:
+    """The transformations of the block at `path` that the recipe switches on.
+
+    One whose linears all stay in floating point would bring nothing.
 
     Query–key scales only matter if attention or the cache is quantized. A scale between up and down projections would
     be applied before the run-time transform, not after it.
     """
     if not recipe.let:
         return []
-    enabled = []
+    enabled, scheme = [], recipe.scheme.within(path)
     for equivalence in declared:
+        if all(map(scheme.leaves, equivalence.linears)):
+            continue
         if isinstance(equivalence, ValueToOutput) and not recipe.smooth_attention:
             continue
         if isinstance(equivalence, QueryKey) and not (recipe.smooth_attention and recipe.scheme.attention_inputs):
@@ -52,21 +57,22 @@ def choose_shifts(
     return tuple(shifted), tuple(slots)
 
 
-def check_group_size(linears: Mapping[str, nn.Linear], group_size: int | None) -> None:
-    """Raise unless `group_size` divides the input channels of every one of `linears`, which are called by full name.
+def check_group_size(linears: Mapping[str, nn.Linear], scheme: Scheme) -> None:
+    """Raise unless the groups of `scheme` divide the inputs of every linear that it chooses of `linears`, by full name.
 
     Raises:
-        UsageError: it names the first that it does not divide, and sizes that divide all.
+        UsageError: it names the first that they do not divide, and sizes that divide all.
     """
-    if not group_size:
-        return
-    odd = next((name for name, linear in linears.items() if linear.in_features % group_size), None)
+    linears = scheme.chosen(linears)
+    sizes = {name: scheme.of(name).group_size for name in linears}
+    odd = next((name for name, size in sizes.items() if size and linears[name].in_features % size), None)
     if odd is not None:
         widths = {linear.in_features for linear in linears.values()}
         divisors = [size for size in (8, 16, 32, 64, 128, 256) if all(width % size == 0 for width in widths)]
         raise UsageError(
-            f"group size {group_size} does not divide the {linears[odd].in_features} input channels of {odd}; "
-            f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave it out'}"
+            f"group size {sizes[odd]} does not divide the {linears[odd].in_features} input channels of {odd}; "
+            f"{'sizes that do: ' + ', '.join(map(str, divisors)) if divisors else 'leave the group size out'}; "
+            f"or leave the linear in floating point: --ignore '{odd}'"
         )
 
 
@@ -99,10 +105,14 @@ def check_fits(frozen: FrozenBlock, path: str, storage_dtype: torch.dtype) -> No
             )
 
 
-def linear_input_args(block: nn.Module, recipe: Recipe, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
-    """Activation format of every linear's input; none if activations are not quantized."""
+def linear_input_args(block: nn.Module, scheme: Scheme, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
+    """Activation format of every linear's input; none where activations are left alone.
+
+    `scheme` calls linears by their names within `block`, as `flat` does, those that see (tokens, width).
+    """
+    if not scheme.all_inputs:
+        return {}
     return {
-        module: recipe.scheme.for_linear(module.in_features, name in flat).input_activations
+        module: scheme.of(name).for_linear(module.in_features, name in flat).input_activations
         for name, module in linears_of(block).items()
-        if recipe.scheme.inputs is not None
     }

@@ -100,13 +100,15 @@ class Learn:
         run = task.run
         frozen = freeze(begun.fixed, learned.learnables)
         with self.rounding(task, begun):
-            scales = task.forward.static_scales(task.quantized, frozen, run.recipe.scheme, run.storage_dtype)
+            scales = task.forward.static_scales(
+                task.quantized, frozen, run.recipe.scheme.within(task.place.path), run.storage_dtype
+            )
         frozen = replace(frozen, static_scales=scales)
         finished = _finished(task.place.index, begun, learned, frozen=frozen)
         if rival is not None and learned.outcome == "kept present":
             return BlockOutcome(rival.parameters, rival.static_scales, begun.flat_inputs, finished, fresh=True)
         check_fits(frozen, task.place.path, run.storage_dtype)
-        input_args = run.input_args(task.block, begun.flat_inputs)
+        input_args = run.input_args(task.block, task.place.path, begun.flat_inputs)
         decision = BlockDecision(begun.fixed, begun.start, learned.learnables, frozen, input_args, run.attention_scheme)
         run.callback.block_decided(task.event, decision)
         parameters = frozen.parameters(next(task.block.parameters()).dtype)
@@ -116,7 +118,7 @@ class Learn:
     def rounding(self, task: BlockTask, begun: Begun) -> Iterator[None]:
         """A context in which the block's activations are quantized, with the recipe's kernels."""
         run = task.run
-        input_args = run.input_args(task.block, begun.flat_inputs)
+        input_args = run.input_args(task.block, task.place.path, begun.flat_inputs)
         with quantized_activations(task.block, input_args, run.attention_scheme), kernels.using(run.recipe.kernels):
             yield
 

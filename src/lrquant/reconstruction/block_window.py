@@ -229,7 +229,7 @@ class LearnWindows:
         }
         with ExitStack() as rounding:
             for place, block in zip(window, together.block.get_submodule("blocks").children(), strict=True):
-                input_args = run.input_args(block, self._begun[place.index].flat_inputs)
+                input_args = run.input_args(block, place.path, self._begun[place.index].flat_inputs)
                 rounding.enter_context(quantized_activations(block, input_args, run.attention_scheme))
             rounding.enter_context(kernels.using(recipe.kernels))
             return learn(

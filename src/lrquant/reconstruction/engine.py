@@ -85,7 +85,7 @@ def _advance(task: BlockTask, outcome: BlockOutcome) -> float:
     _replace(task.block, outcome.parameters)
     for name, scale in outcome.static_scales.items():  # from now on
         set_static_scale(task.block, name, scale)
-    input_args = task.run.input_args(task.block, outcome.flat_inputs)
+    input_args = task.run.input_args(task.block, task.place.path, outcome.flat_inputs)
     with quantized_activations(task.block, input_args, task.run.attention_scheme):
         return task.forward.advance(task.quantized, task.full_precision)
 

@@ -17,7 +17,7 @@ class BlockParameters:
     """What stays fixed while a block is learned."""
 
     tensors: Mapping[str, Tensor]  # the block's own parameters by name, float32
-    linears: tuple[str, ...]
+    linears: tuple[str, ...]  # that are quantized
     equivalences: Sequence[Equivalence]
     format: NumberFormat | None  # of weights; None: they stay in floating point
     storage_dtype: torch.dtype  # of scales, norms and biases in the checkpoint
@@ -44,7 +44,8 @@ class BlockParameters:
         """`scheme` calls linears by their names within `block`."""
         tensors = {name: parameter.detach().float() for name, parameter in block.named_parameters()}
         format = format_of(scheme.weights) if scheme.weights else None
-        own = {linear: scheme.of(linear).weights for linear in scheme.bits}
-        formats = {linear: format_of(args) for linear, args in own.items() if args is not None}
+        linears = tuple(scheme.chosen(linears_of(block)))
+        own = {linear: scheme.of(linear).weights for linear in linears if scheme.mixed}
+        formats = {linear: format_of(args) for linear, args in own.items() if args not in (None, scheme.weights)}
         products = product_dtype(scheme, storage_dtype)
-        return cls(tensors, tuple(linears_of(block)), equivalences, format, storage_dtype, products, formats=formats)
+        return cls(tensors, linears, equivalences, format, storage_dtype, products, formats=formats)

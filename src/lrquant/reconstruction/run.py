@@ -113,11 +113,11 @@ class Run:
         return CompiledBlocks(self.recipe, self.machine.device)
 
     def equivalences(self, place: BlockPlace) -> Sequence[Equivalence]:
-        return enabled_equivalences(place.stage.equivalences_of(place.within), self.recipe)
+        return enabled_equivalences(place.stage.equivalences_of(place.within), self.recipe, place.path)
 
-    def input_args(self, block: nn.Module, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
-        """Activation format of every linear's input in `block`; `flat` ones see (tokens, width)."""
-        return linear_input_args(block, self.recipe, flat)
+    def input_args(self, block: nn.Module, path: str, flat: set[str]) -> dict[nn.Linear, QuantizationArgs | None]:
+        """Activation format of every linear's input in `block` at `path`; `flat` ones see (tokens, width)."""
+        return linear_input_args(block, self.recipe.scheme.within(path), flat)
 
     @contextmanager
     def activations_quantized(self, blocks: int) -> Iterator[None]:
@@ -125,7 +125,7 @@ class Run:
         with ExitStack() as quantized:
             for path in self.result.block_paths[:blocks]:
                 block = self.model.get_submodule(path)
-                inputs = self.input_args(block, self.result.flat_inputs_within(path))
+                inputs = self.input_args(block, path, self.result.flat_inputs_within(path))
                 quantized.enter_context(quantized_activations(block, inputs, self.attention_scheme))
             yield
 

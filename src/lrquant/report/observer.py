@@ -12,7 +12,7 @@ Measurements (float16 tensors), by name:
     {block}|{transformation}|scale_start, _end
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +130,8 @@ class Observer(Callback):
                 pooled = _pooled(after[layer].abs(), (1, MOST_CHANNELS))[0]
                 self._keep(f"{looking.view.index}|{layer}|channels_after", pooled)
             found.append(kept)
+        if not found:
+            return []
         strongest = max(found, key=lambda kept: kept.outlier_ratio).layers[0]
         for name, inputs in (("map_before", before), ("map_after", after)):
             if strongest in inputs:
@@ -138,12 +140,11 @@ class Observer(Callback):
 
     def _look_at_weights(self, looking: "_Looking") -> None:
         """Weight histograms as the number format sees them, and how much of their range clipping keeps."""
-        format = looking.decided.fixed.format
-        if format is None:
+        if looking.decided.fixed.format is None:
             return
         weights = looking.transformed()
         for layer in looking.shown:
-            weight = weights[f"{layer}.weight"]
+            weight, format = weights[f"{layer}.weight"], looking.decided.fixed.format_of(layer)
             groups = weight.unflatten(-1, (format.groups(weight.shape[-1]), -1)).float()
             relative = groups / groups.abs().amax(-1, keepdim=True).clamp_min(1e-12)
             edge = HISTOGRAM_EDGE * (1 + 1e-6)
@@ -171,7 +172,7 @@ class _Looking:
     def __init__(self, view: BlockEvent, decided: BlockDecision, x: Stream, x_hat: Stream, truth: Stream) -> None:
         self.view, self.decided, self.x, self.x_hat, self.truth = view, decided, x, x_hat, truth
         self.dtype = next(view.block.parameters()).dtype
-        self.shown = shown_linears(view.block)
+        self.shown = shown_linears(view.block, decided.fixed.linears)
 
     def original(self) -> dict[str, Tensor]:
         return {name: tensor.to(self.dtype) for name, tensor in self.decided.fixed.tensors.items()}
@@ -226,10 +227,11 @@ class _Looking:
         return {owner: inputs[owner].flatten(0, -2).float() for owner in readers}, readers
 
 
-def shown_linears(block: nn.Module) -> dict[str, tuple[str, ...]]:
+def shown_linears(block: nn.Module, quantized: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Linears that are looked at one by one → those that are rounded with each: of experts the first stands for all."""
-    alike = {name: same for same in experts_alike(block) for name in same}
-    together = {name: alike.get(name, (name,)) for name in linears_of(block)}
+    experts = (tuple(name for name in same if name in quantized) for same in experts_alike(block))
+    alike = {name: same for same in experts for name in same}
+    together = {name: alike.get(name, (name,)) for name in linears_of(block) if name in quantized}
     return {name: same for name, same in together.items() if same[0] == name}
 
 

@@ -14,6 +14,12 @@ def numbers_of(args: QuantizationArgs | None) -> Numbers | None:
     return None if args is None else Numbers.of(args.model_dump(mode="json"))
 
 
+def _bits_of_linears(recipe: Recipe) -> set[int]:
+    """Bits of weights, where the recipe says that linears differ."""
+    own = {int(own.get("wbits") or recipe.wbits) for own in recipe.formats.values()}
+    return set((recipe.layer_bits or {}).values()) | (own | {recipe.wbits} if own - {recipe.wbits} else set())
+
+
 def format_of_recipe(recipe: Recipe, model_type: str | None = None) -> StoredFormat:
     """The numbers of a checkpoint that `recipe` makes of a model of this type."""
     scheme = recipe.stored_scheme
@@ -25,6 +31,6 @@ def format_of_recipe(recipe: Recipe, model_type: str | None = None) -> StoredFor
         pads_zero_points=pads_zero_points(scheme),
         attention=scheme.attention is not None,
         needs_lrquant="down" in recipe.rotate,
-        all_bits=tuple(sorted(set((recipe.layer_bits or {}).values()))) or mixed,
+        all_bits=tuple(sorted(_bits_of_linears(recipe))) or mixed,
         model_type=model_type,
     )

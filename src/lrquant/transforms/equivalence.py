@@ -60,6 +60,11 @@ class Equivalence(Protocol):
     def name(self) -> str: ...
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        """Linears whose weights it scales."""
+        ...
+
+    @property
     def bias_slots(self) -> tuple[str, ...]:
         """Modules that need a bias for the shift; empty when the transformation has none."""
         ...

@@ -97,6 +97,10 @@ class ValueToOutput:
     within: str = ""
 
     @property
+    def linears(self) -> tuple[str, ...]:
+        return self.value, self.output
+
+    @property
     def name(self) -> str:
         return f"{self.within}value->output"
 
@@ -144,6 +148,10 @@ class QueryKey:
     key_norm: str | None = None
     offset: float = 0.0
     within: str = ""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.query, self.key
 
     @property
     def name(self) -> str:
@@ -197,6 +205,10 @@ class UpToDown:
     down: str
     up_rows: Tensor | None = None
     within: str = ""
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self.up, self.down
 
     @property
     def name(self) -> str:
