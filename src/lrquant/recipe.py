@@ -146,6 +146,12 @@ class Recipe(BaseModel):
         ge=2,
         le=1_000_000,
     )
+    bos: Literal["auto", "off"] = setting(
+        "auto",
+        Panel.CALIBRATION,
+        "Begin windows with the BOS token, in calibration and evaluation; auto: if the tokenizer adds it to a text; "
+        "off: as in published results",
+    )
     seed: int = setting(0, Panel.CALIBRATION, "Seed of the samples and of their order", metavar="N", ge=0, lt=2**63)
 
     let: bool = setting(True, Panel.METHOD, "Smooth activations by learnable equivalent transformations (LET)")
@@ -300,6 +306,11 @@ class Recipe(BaseModel):
     @classmethod
     def _yaml_reads_on_as_true(cls, shift: Any) -> Any:
         return {True: "on", False: "off"}.get(shift, shift) if isinstance(shift, bool) else shift
+
+    @field_validator("bos", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, bos: Any) -> Any:
+        return "off" if bos is False else bos
 
     @field_validator("numbers", "input_numbers")
     @classmethod
@@ -597,6 +608,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _PAPER: dict[str, Any] = {
+    "bos": "off",
     "epochs": 20,
     "batch_size": 1,
     "let_lr": 5e-3,

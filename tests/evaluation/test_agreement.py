@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lrquant
 from lrquant.errors import UsageError
 from lrquant.evaluation import agreement
+from lrquant.evaluation.perplexity import windows_of
 from tests.cli.run import lrquant as run_lrquant
 from tests.tiny import write_tiny
 
@@ -29,16 +30,16 @@ class Fixed(nn.Module):
 def test_agreement_by_hand() -> None:
     half, quarter = math.log(0.5), math.log(0.25)
     original, model = Fixed([half, quarter, quarter]), Fixed([quarter, half, quarter])
-    found = agreement(model, original, torch.arange(10) % 3, seqlen=4)
+    found = agreement(model, original, windows_of(torch.arange(10) % 3, 4, None))
     # 0.5·log(0.5/0.25) + 0.25·log(0.25/0.5) + 0 = 0.25·log 2
     assert found.divergence == pytest.approx(0.25 * math.log(2), rel=1e-6)
     assert (found.top1, found.windows, found.seqlen) == (0.0, 2, 4)
-    assert agreement(model, model, torch.arange(10) % 3, seqlen=4, limit_windows=1).top1 == 1.0
+    assert agreement(model, model, windows_of(torch.arange(10) % 3, 4, 1)).top1 == 1.0
 
 
 def test_another_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match="vocabularies of 2 and 3"):
-        agreement(Fixed([0.0, 0.0]), Fixed([0.0, 0.0, 0.0]), torch.zeros(8, dtype=torch.long), seqlen=4)
+    with pytest.raises(UsageError, match="vocabularies have 2 and 3"):
+        agreement(Fixed([0.0, 0.0]), Fixed([0.0, 0.0, 0.0]), torch.zeros(2, 4, dtype=torch.long))
 
 
 def test_a_quantized_model_differs_from_its_original_which_does_not(tmp_path) -> None:

@@ -40,7 +40,7 @@ def samples_of(
         if "vision" in (recipe.towers or ()):
             raise UsageError(f"{source} is text: a vision tower needs {ZOO_QUESTIONS} or a .jsonl file")
         processor = getattr(processor, "tokenizer", processor)  # without an image processor it is the tokenizer
-    return text_samples(calibration_samples(processor, source, count, window(recipe.seqlen), seed))
+    return text_samples(calibration_samples(processor, source, count, window(recipe.seqlen), seed, bos=recipe.bos))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def adapt(
                 texts,
                 adapted.recipe.seqlen,
                 limit_windows=most,
+                bos=adapted.recipe.bos,
                 device=device,
                 trust_remote_code=trust_remote_code,
                 callback=told,

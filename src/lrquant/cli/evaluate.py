@@ -1,7 +1,7 @@
 """`lrquant eval`: measure a model, quantized or not."""
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,12 @@ def evaluate(
         int | None, typer.Option(min=2, help="Tokens per window.", show_default="2048, or the model's maximum")
     ] = None,
     limit_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate at most N windows.")] = None,
+    bos: Annotated[
+        Literal["auto", "off"],
+        typer.Option(
+            help="Begin every window with the BOS token if the tokenizer adds it; off: as in published results."
+        ),
+    ] = "auto",
     tasks: Tasks = None,
     num_fewshot: NumFewshot = None,
     images: Annotated[
@@ -85,6 +91,7 @@ def evaluate(
                 limit_windows=limit_windows,
                 tokenizer=tokenizer,
                 device=device,
+                bos=bos,
                 callback=told,
             )
     if ppl and against is not None:
@@ -99,6 +106,7 @@ def evaluate(
                 device=device,
                 dtype=dtype.value,
                 trust_remote_code=trust_remote_code,
+                bos=bos,
                 callback=told,
             )
     leave()
@@ -109,6 +117,8 @@ def evaluate(
     if measured:
         rows = [[name, f"{r.value:.4f}", str(r.windows), str(r.seqlen)] for name, r in measured.items()]
         console.table(f"{model}, {seconds:.1f} s", ["text", "perplexity", "windows", "tokens each"], rows)
+        if any(r.bos for r in measured.values()):
+            console.note("every window begins with the BOS token; --bos off measures as published results do")
     if compared:
         rows = [[name, f"{each.divergence:.4f}", f"{100 * each.top1:.1f}"] for name, each in compared.items()]
         console.table(f"against {against}", ["text", "KL divergence, nats per token", "same top token, %"], rows)
@@ -119,7 +129,9 @@ def evaluate(
             **figures,
             "seconds": seconds,
             "perplexity": {name: result.value for name, result in measured.items()},
-            "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
+            "evaluation": {
+                name: {"windows": r.windows, "seqlen": r.seqlen, "bos": r.bos} for name, r in measured.items()
+            },
             "agreement": {name: {"divergence": r.divergence, "top1": r.top1} for name, r in compared.items()},
             "tasks": by_task.results,
         },

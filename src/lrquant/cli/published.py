@@ -183,11 +183,13 @@ def quantize(
         save_learned(output_dir / PARAMETERS_FILE, quantized.result.learned, quantized.recipe)
         quantized.recipe.to_yaml(output_dir / "recipe.yaml")
         window = quantized.recipe.seqlen
-        measured = evaluate(quantized.model, texts, window, limit_windows=most, tokenizer=quantized.tokenizer)
+        measured = evaluate(
+            quantized.model, texts, window, limit_windows=most, tokenizer=quantized.tokenizer, bos="off"
+        )
         adapted = {}
         if tta and target:
             others = [text for text in texts if text != calib_dataset]
-            adapted = perplexity_after_adaptation(target, model, others, window, most, "auto")
+            adapted = perplexity_after_adaptation(target, model, others, quantized.recipe, most, "auto")
         by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, most, "auto")
         values = {"model": model, **figures(quantized, measured, adapted), "tasks": by_task.results}
         values["saved_to"] = str(save_dir) if save_dir else None

@@ -202,6 +202,7 @@ def quantize(
             window = quantized.recipe.seqlen
             with console.counting("Measuring perplexity") as told:
                 how |= {"limit_windows": limit_windows, "tokenizer": quantized.tokenizer, "callback": told}
+                how["bos"] = quantized.recipe.bos
                 measured = evaluate(quantized.model, eval_ppl, window, **how)
                 original = evaluate(model, eval_ppl, window, **how)
         leave()
@@ -210,8 +211,7 @@ def quantize(
         adapted = {}
         if tta:
             texts = [text for text in eval_ppl or () if text != quantized.recipe.calibration]
-            window = quantized.recipe.seqlen
-            adapted = perplexity_after_adaptation(save_dir, model, texts, window, limit_windows, device)
+            adapted = perplexity_after_adaptation(save_dir, model, texts, quantized.recipe, limit_windows, device)
         by_task = measure_tasks(quantized.model, quantized.tokenizer, wanted, num_fewshot, limit, device)
         for tracker in trackers:
             tracker.results({f"perplexity {name}": result.value for name, result in measured.items()})

@@ -31,7 +31,7 @@ def show(
     ]
     for name, result in measured.items():
         before = f", {original[name].value:.3f} before" if original else ""
-        rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({result.windows} windows of {result.seqlen})"])
+        rows.append([f"perplexity {name}", f"{result.value:.3f}{before} ({_windows(result)})"])
     rows += [[f"perplexity {name}, after adaptation", f"{result.value:.3f}"] for name, result in adapted.items()]
     rows += _served_by(quantized)
     if page:
@@ -44,6 +44,10 @@ def show(
     for line in quantized.notes:
         if line != warning:
             console.note(line)
+
+
+def _windows(result: "Perplexity") -> str:
+    return f"{result.windows} windows of {result.seqlen}" + (", each from BOS" if result.bos else "")
 
 
 def coverage_rows(coverage: "Coverage | None") -> list[list[str]]:
@@ -95,7 +99,7 @@ def figures(
         "perplexity": {name: result.value for name, result in measured.items()},
         "original_perplexity": {name: result.value for name, result in (original or {}).items()},
         "adapted_perplexity": {name: result.value for name, result in adapted.items()},
-        "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen} for name, r in measured.items()},
+        "evaluation": {name: {"windows": r.windows, "seqlen": r.seqlen, "bos": r.bos} for name, r in measured.items()},
         "notes": quantized.notes,
         "blocks": [record.as_dict() for record in quantized.records],
         "recipe": quantized.recipe.model_dump(),

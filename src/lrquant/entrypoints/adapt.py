@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lrquant.architectures.targets import expose_linears
 from lrquant.calibration.samples import TokenIds
-from lrquant.calibration.text import evaluation_ids
+from lrquant.calibration.text import Bos, evaluation_ids, leading_token, windows
 from lrquant.entrypoints.preparation import pick_machine, prepare
 from lrquant.entrypoints.results import Adapted
 from lrquant.errors import LrquantError, UsageError
@@ -109,7 +109,7 @@ def adapt(
     target, source, trust = check_save_dir(save_dir), Path(quantized), options.get("trust_remote_code", False)
     recipe = _adaptable_recipe(source)
     machine = pick_machine(recipe, options.get("device", "auto"), shared=False)
-    given = _test_samples(source, reference, data, seqlen=recipe.seqlen, options=options)
+    given = _test_samples(source, reference, data, recipe=recipe, options=options)
     prepared = prepare(
         reference, _learning(recipe, given, options), machine, calibration=given, trust_remote_code=trust
     )
@@ -161,7 +161,7 @@ def _test_samples(
     reference: str | Path,
     data: str | Sequence[Tensor],
     *,
-    seqlen: int | None,
+    recipe: Recipe,
     options: AdaptOptions,
 ) -> TokenIds:
     """The test set's windows."""
@@ -169,9 +169,10 @@ def _test_samples(
         return TokenIds(list(data))
     trust = options.get("trust_remote_code", False)
     config = load_config(str(reference), trust).get_text_config()
-    length = window(config, options.get("seqlen") or seqlen)
+    length = window(config, options.get("seqlen") or recipe.seqlen)
     tokenizer = load_tokenizer(str(source), trust)
-    return TokenIds(adaptation_samples(tokenizer, data, length, most=options.get("nsamples") or MOST_SAMPLES), data)
+    most = options.get("nsamples") or MOST_SAMPLES
+    return TokenIds(adaptation_samples(tokenizer, data, length, most=most, bos=recipe.bos), data)
 
 
 def _present(loaded: Any, original: Original, blocks: str) -> Present:
@@ -226,10 +227,10 @@ def parse_blocks(wanted: str, count: int) -> tuple[int, ...]:
     return tuple(sorted({index % count for index in indices}))
 
 
-def adaptation_samples(tokenizer: Any, data: str, seqlen: int, *, most: int) -> list[Tensor]:
+def adaptation_samples(tokenizer: Any, data: str, seqlen: int, *, most: int, bos: Bos = "off") -> list[Tensor]:
     """Windows of the evaluation text, (1, seqlen) each, as perplexity cuts them; at most `most`, spread evenly."""
-    ids = evaluation_ids(tokenizer, data)
-    rows = ids[: len(ids) // seqlen * seqlen].view(-1, 1, seqlen)
+    ids = evaluation_ids(tokenizer, data, bos)
+    rows = windows(ids, seqlen, leading_token(tokenizer, bos)).unsqueeze(1)
     if len(rows) == 0:
         raise UsageError(f"{data}: {len(ids)} tokens are fewer than one window of {seqlen}")
     return list(rows[torch.linspace(0, len(rows) - 1, min(most, len(rows))).round().long()])

@@ -12,7 +12,7 @@ import torch
 from lrquant.calibration.dialogues import dialogues
 from lrquant.calibration.images import pictures
 from lrquant.calibration.sentences import sentences
-from lrquant.calibration.text import evaluation_ids, read_text, text_name
+from lrquant.calibration.text import Bos, evaluation_ids, leading_token, read_text, text_name
 from lrquant.errors import UsageError
 from lrquant.evaluation import (
     Agreement,
@@ -26,6 +26,7 @@ from lrquant.evaluation import (
 )
 from lrquant.evaluation.embeddings import EmbeddingQuality, compare_embeddings, embed
 from lrquant.evaluation.masked import masked_perplexity
+from lrquant.evaluation.perplexity import windows_of
 from lrquant.loading.auto_class import Modality, fills_in_masks, modality_of
 from lrquant.loading.checkpoint import load
 from lrquant.loading.pretrained import compute_dtype, load_processor, pick_device, window
@@ -41,12 +42,15 @@ class Measuring(TypedDict, total=False):
 
     device: `auto` (an accelerator if there is one), `cpu`, `cuda:1`, …
     dtype: `auto` (float32 on CPUs, else bfloat16), `float32` or `bfloat16`; of a model by name.
+    bos: `auto` (every window of text begins with the BOS token, if the tokenizer adds it to a text) or `off`, as in
+        published results.
     trust_remote_code: whether code that comes with the model may run; False unless given.
     callback: is called with (number done just now, total) as the measurement progresses.
     """
 
     device: str
     dtype: str
+    bos: Bos
     trust_remote_code: bool
     callback: Callable[[int, int], None]
 
@@ -87,11 +91,13 @@ def evaluate(
         seqlen = window(ready.model.config.get_text_config(), seqlen)
         if modality_of(ready.model) == "sentences":
             return _masked(ready, texts, seqlen, limit=limit_windows)
-        ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
+        bos = how.get("bos", "auto")
+        lead = leading_token(tokenizer, bos)
+        ids = {text_name(text): evaluation_ids(tokenizer, text, bos) for text in texts}
         ready.to_device()
         ranks = join(ready.device)
         return {
-            name: perplexity(ready.model, tokens, seqlen, limit_windows, told=ready.callback, ranks=ranks)
+            name: perplexity(ready.model, tokens, seqlen, limit_windows, told=ready.callback, ranks=ranks, lead=lead)
             for name, tokens in ids.items()
         }
 
@@ -169,8 +175,9 @@ def compare_predictions(
         if "image" in (modality_of(ready.model), modality_of(other.model)):
             raise UsageError("this model takes image, not text: it predicts no tokens")
         tokenizer = getattr(ready.processor, "tokenizer", ready.processor)
-        seqlen = window(ready.model.config.get_text_config(), seqlen)
-        ids = {text_name(text): evaluation_ids(tokenizer, text) for text in texts}
+        seqlen, bos = window(ready.model.config.get_text_config(), seqlen), how.get("bos", "auto")
+        lead = leading_token(tokenizer, bos)
+        ids = {text_name(text): evaluation_ids(tokenizer, text, bos) for text in texts}
         ready.to_device()
         other.to_device()
         ranks = join(ready.device)
@@ -178,9 +185,7 @@ def compare_predictions(
             name: agreement(
                 ready.model,
                 other.model,
-                tokens,
-                seqlen=seqlen,
-                limit_windows=limit_windows,
+                windows_of(tokens, seqlen, limit_windows, lead=lead),
                 told=ready.callback,
                 ranks=ranks,
             )

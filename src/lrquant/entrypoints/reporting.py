@@ -24,7 +24,7 @@ def perplexity_metrics(before: dict[str, Perplexity], after: dict[str, Perplexit
             name=f"perplexity {name}",
             before=before[name].value if name in before else None,
             after=result.value,
-            detail=f"{result.windows} windows of {result.seqlen} tokens",
+            detail=f"{result.windows} windows of {result.seqlen} tokens" + (", each from BOS" if result.bos else ""),
             windows_before=list(before[name].window_losses) if name in before else [],
             windows_after=list(result.window_losses) if name in before else [],
         )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lrquant.errors import UsageError
-from lrquant.evaluation.perplexity import windows_of
 from lrquant.losses import divergence
 from lrquant.runtime.distributed import ALONE, Ranks
 
@@ -35,21 +34,18 @@ class Agreement:
 def agreement(
     model: Any,
     original: Any,
-    ids: Tensor,  # (tokens,)
+    rows: Tensor,  # (windows, tokens)
     *,
-    seqlen: int,
-    limit_windows: int | None = None,
     told: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
 ) -> Agreement:
-    """Divergence of `model` from `original` on `ids` cut into windows of `seqlen`, one at a time.
+    """Divergence of `model` from `original` on windows of a text (`perplexity.windows_of`), one at a time.
 
     Both are on one device. Each rank takes its share of the windows; all get the values.
 
     Raises:
-        UsageError: the text is shorter than one window, or the models have vocabularies of different sizes.
+        UsageError: the models have vocabularies of different sizes.
     """
-    rows = windows_of(ids, seqlen, limit_windows)
     device = next(model.parameters()).device
     mine = rows[ranks.rank :: ranks.world]
     found: list[list[float]] = []
@@ -67,4 +63,4 @@ def agreement(
     if not ranks.alone:
         everything = ranks.in_order(everything, len(rows))
     mean = everything.mean(0)
-    return Agreement(float(mean[0]), float(mean[1]), len(rows), seqlen)
+    return Agreement(float(mean[0]), float(mean[1]), len(rows), rows.shape[1])
