@@ -1,5 +1,6 @@
 """Recipes: presets, files, and everything wrong that can be written into one."""
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -266,3 +267,11 @@ def test_lrquant_max_takes_smaller_steps_with_fewer_samples(samples: int, batch:
     assert Recipe.preset("lrquant-max", nsamples=samples).batch_size == batch
     assert Recipe.preset("lrquant-max", nsamples=samples, batch_size=8).batch_size == 8
     assert Recipe.preset("lrquant", nsamples=samples).batch_size == 4
+
+
+def test_pipes_devices_and_folders_are_no_recipes(tmp_path: Path) -> None:
+    """Reading one of them might never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UsageError, match="not a file"):
+            Recipe.from_yaml(path)

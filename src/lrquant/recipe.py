@@ -509,6 +509,8 @@ class Recipe(BaseModel):
         """Read a recipe; keys that are left out take the preset's values for the file's `method`."""
         path = Path(path)
         try:
+            if path.exists() and not path.is_file():  # a pipe or a device may never end
+                raise UsageError(f"{path}: not a file, so it is no recipe")
             if path.stat().st_size > _MAX_YAML_BYTES:
                 raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, which is too large for a recipe")
             values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
