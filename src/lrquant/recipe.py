@@ -510,7 +510,7 @@ class Recipe(BaseModel):
         path = Path(path)
         try:
             if path.exists() and not path.is_file():  # a pipe or a device may never end
-                raise UsageError(f"{path}: not a file, so it is no recipe")
+                raise UsageError(f"{path}: cannot read the recipe (it is not a file)")
             if path.stat().st_size > _MAX_YAML_BYTES:
                 raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, which is too large for a recipe")
             values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
