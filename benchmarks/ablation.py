@@ -57,6 +57,7 @@ TABLES: dict[str, dict[str, Row]] = {
         "… without clipping": MAX | {"lwc": False},
         "… without learned rounding": MAX | {"rounding": "nearest"},
         "… without two branches and dynamic loss": MAX | {"two_branch": False, "dynamic_loss": False},
+        "… with MSE + NLC, dynamically weighted": MAX | {"loss": "mse+nlc", "dynamic_loss": True},
         "… without rotation vectors": MAX | {"rotation_vectors": False},
         "… without tuning as a whole": MAX | {"tuning_epochs": 0},
         "… with two branches, dynamic loss and rotation vectors": MAX | PLUS,

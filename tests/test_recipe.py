@@ -262,6 +262,21 @@ def test_shift_on_means_on_in_yaml_too(tmp_path: Path) -> None:
         assert Recipe.from_yaml(tmp_path / "recipe.yaml").shift == meant
 
 
+@pytest.mark.parametrize(
+    ("numbers", "loss", "dynamic"),
+    [
+        ({"wbits": 4, "abits": 4}, "balanced", False),
+        ({"wbits": 4, "abits": 8}, "mse+nlc", True),
+        ({"wbits": 2, "abits": 16}, "mse+nlc", False),
+        ({"numbers": "nvfp4"}, "mse+nlc", True),
+    ],
+)
+def test_lrquant_max_balances_its_loss_where_it_pays(numbers: dict[str, Any], loss: str, dynamic: bool) -> None:
+    recipe = Recipe.preset("lrquant-max", **numbers)
+    assert (recipe.loss, recipe.dynamic_loss) == (loss, dynamic)
+    assert Recipe.preset("lrquant+", **numbers).loss == "mse+nlc"  # as published
+
+
 @pytest.mark.parametrize(("samples", "batch"), [(1, 1), (8, 1), (32, 2), (64, 4), (128, 8), (1024, 8)])
 def test_lrquant_max_takes_smaller_steps_with_fewer_samples(samples: int, batch: int) -> None:
     assert Recipe.preset("lrquant-max", nsamples=samples).batch_size == batch

@@ -684,9 +684,12 @@ WEIGHT_ONLY: dict[str, dict[str, Any]] = {
     "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation_vectors": False, "tuning_epochs": 4},
 }
 
-# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them.
+# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them,
+# and a massive activation makes MSE the error of one token. Weight-only at two bits, the balanced loss did harm.
 FEW_ACTIVATION_BITS = 6
-FEW_BITS: dict[str, dict[str, Any]] = {"lrquant-max": {"rotate": ("auto",)}}
+FEW_BITS: dict[str, dict[str, Any]] = {
+    "lrquant-max": {"rotate": ("auto",), "loss": "balanced", "dynamic_loss": False},
+}
 
 # A step takes one of so many samples, up to the preset's batch size: learned rounding would have too few steps with few
 # samples (docs/benchmarks.md).
