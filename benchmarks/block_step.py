@@ -222,7 +222,7 @@ def main(
             plain() if name == "plain" else kernels.using(kernel),
         ):
             graph = CompiledBlocks(chosen, device).of(block, fixed)
-            forward = run.forward_function(fixed, stream, targets, chosen, graph)
+            forward = run.forward_function(fixed, stream, targets, recipe=chosen, graph=graph)
 
             def step(forward: Any = forward, learnables: Any = learnables, optimizer: Any = optimizer) -> None:
                 parts = [part for part in terms(forward(learnables, range(batch))) if part is not None]

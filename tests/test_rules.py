@@ -1,6 +1,6 @@
 """The rules of docs/architecture.md: which way imports point, and how large a function may be.
 
-What breaks a rule still is listed by name. The lists may only shrink: a name that breaks it no longer has to go.
+What still breaks the rule of arguments by place is counted by module. The counts may only shrink.
 """
 
 import ast
@@ -28,8 +28,7 @@ ROOMS = [
     ["calibration"],
     ["reconstruction"],
     ["passes"],
-    ["export", "evaluation"],
-    ["resume"],
+    ["export", "evaluation", "resume"],
     ["report"],
     ["entrypoints"],
     ["cli"],
@@ -98,7 +97,7 @@ def test_rooms_import_only_downwards(module: str) -> None:
     for other in imports_of(module):
         other_room = other.partition(".")[0]
         allowed = other_room == room or PLACE[other_room] < PLACE[room]
-        assert allowed or (module, other) in UPWARD, f"{module} imports {other}"
+        assert allowed, f"{module} imports {other}"
 
 
 def test_imports_never_go_in_a_circle() -> None:
@@ -124,7 +123,7 @@ def test_the_engine_knows_no_pass() -> None:
 
 def test_resuming_knows_no_exporter() -> None:
     found = {module for module in MODULES for other in imports_of(module) if other.startswith("export")}
-    assert {module for module in found if module.startswith("resume")} <= RESUME_KNOWS_EXPORT
+    assert not {module for module in found if module.startswith("resume")}
 
 
 def parameters_of(function: Function) -> tuple[int, int]:
@@ -135,8 +134,7 @@ def parameters_of(function: Function) -> tuple[int, int]:
 
 
 def test_functions_take_at_most_seven_arguments() -> None:
-    found = {name for name, function in functions() if parameters_of(function)[0] > MOST_PARAMETERS}
-    assert found <= MANY_ARGUMENTS
+    assert not [name for name, function in functions() if parameters_of(function)[0] > MOST_PARAMETERS]
 
 
 def test_arguments_beyond_three_are_given_by_name() -> None:
@@ -152,23 +150,13 @@ def test_arguments_beyond_three_are_given_by_name() -> None:
 
 
 def test_functions_are_short() -> None:
-    found = {name for name, function in functions() if (function.end_lineno or 0) - function.lineno >= MOST_LINES}
-    assert found <= LONG
+    assert not [name for name, function in functions() if (function.end_lineno or 0) - function.lineno >= MOST_LINES]
 
 
-UPWARD: set[tuple[str, str]] = set()
-RESUME_KNOWS_EXPORT = {"resume.journal"}
-MANY_ARGUMENTS = {
-    "architectures.vision_encoder.vision_encoder",
-    "reconstruction.block_optimizer.learn",
-    "reconstruction.rounding.solve",
-}
-LONG = {"report.page._sections"}
 BY_PLACE = {
     "architectures.double": 1,  # as torch calls it
     "architectures.gated_decoder": 1,
     "architectures.trace": 1,  # as torch calls it
-    "architectures.vision_encoder": 1,
     "calibration.activation_cache": 1,
     "calibration.capture": 1,
     "calibration.dialogues": 2,
@@ -179,9 +167,6 @@ BY_PLACE = {
     "evaluation.images": 1,
     "evaluation.perplexity": 1,
     "evaluation.tasks": 1,
-    "export.compressed_tensors": 5,
-    "export.model_card": 1,
-    "export.saving": 4,
     "formats.activation_quant": 3,
     "formats.fake_quant": 3,
     "formats.fake_quant_math": 3,
@@ -193,17 +178,15 @@ BY_PLACE = {
     "formats.qparams": 3,
     "formats.schemes": 1,
     "loading.offload": 2,
-    "reconstruction.block_forward": 3,
-    "reconstruction.block_optimizer": 5,
+    "reconstruction.block_forward": 1,
     "reconstruction.block_parameters": 2,
     "reconstruction.compiled_block": 2,
     "reconstruction.fixed_parameters": 1,
     "reconstruction.initial_state": 3,
     "reconstruction.journal": 3,
     "reconstruction.learnables.end_to_end_factor": 1,
-    "reconstruction.rounding": 2,
     "report.observer": 1,
-    "report.page": 1,
+    "report.sections": 1,
     "report.style": 1,
     "resume.fingerprint": 1,
     "resume.journal": 1,

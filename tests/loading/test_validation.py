@@ -71,14 +71,15 @@ ENTRY = BlockEntry(
     bytes=10,
     sha256="0" * 64,
     after="",
-    parameters="f" * 64,
-    quantized_weights=1,
-    quantized_bits=4,
     flat_inputs=["a"],
     added_biases=[],
     record=BlockRecord(0, 1.0, float("inf"), "learned", [0.5, 0.1], 1, 2.0, 0.9),
 )
-ENTRIES: list[BaseModel] = [ENTRY, RunEntry(layout=1, identity={"a": "b"}), Placing(files={"a": "b"})]
+ENTRIES: list[BaseModel] = [
+    ENTRY,
+    RunEntry(layout=2, identity={"a": "b"}),
+    Placing(files={"a": "b"}, identity={"c": "d"}),
+]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: type(entry).__name__)

@@ -5,7 +5,7 @@ import torch
 
 from lrquant.losses import means, value
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import learn
+from lrquant.reconstruction.block_optimizer import Batches, learn
 
 WANTED = torch.linspace(0.5, 2.0, 8)  # what the learned scales of the other tokens should come to
 
@@ -34,7 +34,7 @@ def test_balanced_learns_the_other_tokens_beside_a_long_one_and_is_kept(dynamic:
         first = x[rows, :1]
         return means(torch.cat([first, x[rows, 1:] * learnables["a.scale"]], 1), [target[rows]], asked.loss)
 
-    learned = learn(forward, {"a.scale": torch.ones(8)}, 4, 2, asked, 0, lambda epoch, loss: None)
+    learned = learn(forward, {"a.scale": torch.ones(8)}, Batches(4, 2), recipe=asked, seed=0, on_epoch=lambda *_: None)
     assert learned.outcome == "learned"
     assert learned.final_loss < learned.initial_loss
     assert (learned.learnables["a.scale"] - WANTED).abs().mean() < 0.7 * (1 - WANTED).abs().mean()
@@ -51,6 +51,6 @@ def test_a_block_whose_best_epoch_is_its_start_says_that_it_stayed() -> None:
 
     asked = recipe(loss="mse", let_lr=0.5, epochs=1)
     start = {"a.scale": torch.ones(8) + 1e-4}
-    learned = learn(forward, start, 2, 1, asked, 0, lambda epoch, loss: None)
+    learned = learn(forward, start, Batches(2, 1), recipe=asked, seed=0, on_epoch=lambda *_: None)
     assert learned.outcome == "kept initial"
     torch.testing.assert_close(learned.learnables["a.scale"], start["a.scale"])

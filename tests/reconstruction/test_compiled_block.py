@@ -137,7 +137,7 @@ def test_gradients_agree_with_the_plain_call(tmp_path: Path) -> None:
         found = []
         for graph in (None, CompiledBlocks(recipe, CPU).of(blocks[0], fixed)):
             learnables = {name: tensor.requires_grad_() for name, tensor in random_learnables(fixed).items()}
-            means = run.forward_function(fixed, inputs.hidden, targets, recipe, graph)(learnables, [0, 1])
+            means = run.forward_function(fixed, inputs.hidden, targets, recipe=recipe, graph=graph)(learnables, [0, 1])
             means.sum().backward()
             found.append((means.detach(), {name: tensor.grad for name, tensor in copy.copy(learnables).items()}))
             assert graph is None or graph.works

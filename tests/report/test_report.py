@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import lrquant
+from lrquant.errors import Interrupted
+from lrquant.reconstruction.callbacks import Callback, Callbacks
 from lrquant.report import figures
+from lrquant.report.block_files import keep_block, kept_block
 from lrquant.report.findings import findings, hardest_block
 from lrquant.report.observer import Observer, choose_samples, mean_error
 from lrquant.report.page import display_name, write_report
@@ -314,3 +317,41 @@ def test_lines_of_many_blocks_take_the_page_s_colours() -> None:
         svg = to_svg(figure, "lines", "lines")
     assert "#1200" not in svg
     assert svg.count("color-mix(in srgb, var(--final)") >= 3
+
+
+def test_after_a_resume_the_report_is_complete(tiny: Path, tmp_path: Path) -> None:
+    recipe = lrquant.Recipe.preset("lrquant", wbits=4, abits=4, **SETTINGS)
+
+    class Stops(Callback):
+        def block_done(self, record: Any) -> None:
+            raise KeyboardInterrupt
+
+    def run(target: Path, *before: Callback) -> tuple[Run, dict[str, torch.Tensor]]:
+        lrquant.quantize(str(tiny), recipe, save_dir=target, callback=Callbacks(*before), report=True)
+        return load_run(target)
+
+    expected, measured = run(tmp_path / "whole")
+    stopped = Observer()
+    with pytest.raises(Interrupted, match="1 finished block is kept"):
+        lrquant.quantize(str(tiny), recipe, save_dir=tmp_path / "out", callback=Callbacks(stopped, Stops()))
+    found, again = run(tmp_path / "out")
+    assert measured.keys() == again.keys()
+    assert all(torch.equal(measured[name], again[name]) for name in measured)
+    assert [block.restored for block in found.blocks] == [True, False]
+    assert found.samples_looked_at == expected.samples_looked_at
+    for before, after in zip(expected.blocks, found.blocks, strict=True):
+        assert before.model_dump(exclude={"restored", "seconds"}) == after.model_dump(exclude={"restored", "seconds"})
+    assert "finished before an interruption" in (tmp_path / "out" / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+@pytest.mark.parametrize("damage", ["00000.json", "00000.safetensors"])
+def test_damaged_measurements_of_a_finished_block_are_left_out(damage: str, tmp_path: Path) -> None:
+    block = Block(index=0, path="a", outcome="learned", errors=Errors(), initial_loss=float("inf"))
+    keep_block(tmp_path, block, {"0|x|clip": torch.ones(3)}, looked_at="4 samples")
+    kept = kept_block(tmp_path, 0)
+    assert kept is not None
+    assert kept[0].block == block
+    path = tmp_path / "report" / damage
+    path.write_bytes(path.read_bytes()[:-2] + b"  ")
+    assert kept_block(tmp_path, 0) is None

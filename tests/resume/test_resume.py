@@ -22,6 +22,7 @@ from lrquant.errors import Interrupted
 from lrquant.export import shards
 from lrquant.reconstruction import rounding as solving
 from lrquant.reconstruction.callbacks import Callback
+from lrquant.resume import run_directory
 from lrquant.resume.run_directory import run_folder
 from lrquant.runtime import files as durable
 from tests.children import die_now, start, wait
@@ -146,6 +147,33 @@ def test_killed_at_random_moments(
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"out{n + 1}" for n in range(rounds))
 
 
+@pytest.mark.parametrize("after", [1, 2, 7])
+def test_killed_while_it_tidies_up(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever files are gone already: the same command finds its checkpoint, and another one is refused."""
+    with monkeypatch.context() as patch:
+        left = iter(range(after))
+        real = run_directory._remove
+
+        def remove(path: Path) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            real(path)
+
+        patch.setattr(run_directory, "_remove", remove)
+        order = lambda path: (path.name != "run.json", path.name)  # noqa: E731 - the folder's order is arbitrary
+        patch.setattr(
+            Path, "iterdir", lambda folder: iter(sorted((folder / name for name in os.listdir(folder)), key=order))
+        )
+        with pytest.raises(Interrupted):
+            run(tiny, tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    with pytest.raises(UsageError, match="an unfinished run is kept there"):
+        run(tiny, tmp_path / "out", wbits=4)
+    run(tiny, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+    assert not run_folder(tmp_path / "out").exists()
+
+
 def test_the_checkpoint_is_never_there_in_part(
     uninterrupted: tuple[dict[str, bytes], float, int], tmp_path: Path
 ) -> None:
@@ -180,9 +208,9 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = solving.learn
 
-    def learn(forward: Any, start: Any, samples: int, batch: int, recipe: Recipe, seed: int, *rest: Any) -> Any:
+    def learn(*arguments: Any, seed: int, **more: Any) -> Any:
         seen.append(seed)
-        return real(forward, start, samples, batch, recipe, seed, *rest)
+        return real(*arguments, seed=seed, **more)
 
     monkeypatch.setattr(solving, "learn", learn)
     return seen
@@ -298,10 +326,10 @@ def test_an_interruption_before_the_first_block_leaves_nothing(tiny: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"wbits": 4}, "wbits was 3, and is 4 now"),
-        ({"epochs": 2}, "epochs was 1, and is 2 now"),
-        ({"seed": 1}, "seed was 0, and is 1 now"),
-        ({"dtype": "bfloat16"}, 'dtype was "auto", and is "bfloat16" now'),
+        ({"wbits": 4}, "wbits was 3 and is now 4"),
+        ({"epochs": 2}, "epochs was 1 and is now 2"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"dtype": "bfloat16"}, 'dtype was "auto" and is now "bfloat16"'),
     ],
 )
 def test_another_recipe_is_refused_by_name(changes: dict[str, Any], named: str, tiny: Path, tmp_path: Path) -> None:
@@ -370,9 +398,9 @@ def test_a_block_that_comes_out_differently_takes_the_later_ones_with_it(
     (run_folder(tmp_path / "out") / "00001.json").unlink()
     here = solving.learn
 
-    def elsewhere(forward: Any, start: Any, *rest: Any) -> Any:
+    def elsewhere(forward: Any, start: Any, *rest: Any, **more: Any) -> Any:
         changed = {name: value * 1.5 if name.endswith(".scale") else value for name, value in start.items()}
-        return here(forward, changed, *rest)
+        return here(forward, changed, *rest, **more)
 
     monkeypatch.setattr(solving, "learn", elsewhere)
     learned.clear()

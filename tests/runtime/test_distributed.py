@@ -22,7 +22,7 @@ from lrquant import LrquantError, Recipe, UsageError
 from lrquant.losses import means, no_means
 from lrquant.passes import mixed_precision as allocation
 from lrquant.reconstruction import rounding as solving
-from lrquant.reconstruction.block_optimizer import learn, shuffled
+from lrquant.reconstruction.block_optimizer import Batches, learn, shuffled
 from lrquant.reconstruction.callbacks import Callback
 from lrquant.resume.run_directory import run_folder
 from lrquant.runtime.distributed import ALONE, LostRank, Ranks, check_batch, join
@@ -80,7 +80,7 @@ def learned_in_double(ranks: Ranks, samples: int) -> dict[str, Any]:
 
     begin = {"a.scale": torch.linspace(0.5, 2, 6).double(), "a.shift": torch.full((6,), 0.3).double()}
     recipe = Recipe.preset("lrquant+", epochs=5, batch_size=4)
-    done = learn(forward, begin, samples, 4, recipe, 3, lambda *_: None, ranks)
+    done = learn(forward, begin, Batches(samples, 4, ranks), recipe=recipe, seed=3, on_epoch=lambda *_: None)
     losses = [*done.epoch_losses, done.initial_loss, done.final_loss]
     return {"losses": losses, **{name: tensor.tolist() for name, tensor in done.learnables.items()}}
 

@@ -7,19 +7,21 @@ from lrquant.transforms import Equivalence, NormToLinears, QueryKey, ValueToOutp
 def vision_encoder(
     heads: int,
     head_dim: int,
+    *,
     attention: str,
     output: str,
-    attention_norm: str,
-    mlp_norm: str,
-    up: str = "mlp.fc1",
+    norms: tuple[str, str],
     shift_attention: bool = True,
 ) -> tuple[Equivalence, ...]:
-    """Transformations of such a block. Positions enter before it, so every query channel has its own scale."""
+    """Transformations of such a block, whose `norms` stand before attention and the MLP.
+
+    Positions enter before the block, so every query channel has its own scale.
+    """
     rows = separate(heads, 1, head_dim)
     query, key, value = (f"{attention}.{name}_proj" for name in "qkv")
     return (
-        NormToLinears(attention_norm, (query, key, value), shift=shift_attention),
-        NormToLinears(mlp_norm, (up,)),
+        NormToLinears(norms[0], (query, key, value), shift=shift_attention),
+        NormToLinears(norms[1], ("mlp.fc1",)),
         ValueToOutput(value, f"{attention}.{output}", rows.value, rows.output),
         QueryKey(query, key, rows.query, rows.key, unpaired(head_dim)),
     )

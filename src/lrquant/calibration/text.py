@@ -214,7 +214,7 @@ def tokenize(tokenizer: Any, text: str, special: bool = True) -> Tensor:
         ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False, **added)["input_ids"][0]
         return ids
 
-    return remembered(tokenizer, text, special, fresh)
+    return remembered(tokenizer, text, special=special, tokenize=fresh)
 
 
 def check_vocabulary(ids: Tensor, rows: int) -> None:

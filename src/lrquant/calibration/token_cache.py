@@ -15,7 +15,7 @@ MOST_TEXTS = 4
 _ids: OrderedDict[str, Tensor] = OrderedDict()
 
 
-def remembered(tokenizer: Any, text: str, special: bool, tokenize: Callable[[], Tensor]) -> Tensor:
+def remembered(tokenizer: Any, text: str, *, special: bool, tokenize: Callable[[], Tensor]) -> Tensor:
     """`tokenize()`, or what it returned for the same text, the same tokenizer and the same choice of special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -30,8 +30,9 @@ from lrquant.entrypoints.preparation import pick_machine, prepare
 from lrquant.entrypoints.results import Adapted
 from lrquant.errors import LrquantError, UsageError
 from lrquant.export import check_save_dir
-from lrquant.export.compressed_tensors import STATIC_SCALES, needs_whole_weights, pack_block
+from lrquant.export.compressed_tensors import STATIC_SCALES
 from lrquant.export.expert_layout import in_own_layout, stored_names
+from lrquant.export.packing import Packer
 from lrquant.export.saving import as_stored_before, whole_directory
 from lrquant.formats.activation_quant import cache_scales_of
 from lrquant.loading.checkpoint import load, saved_recipe
@@ -188,16 +189,10 @@ def _write(source: Path, adapted: Adapted, result: Reconstruction, *, original: 
     """Write the checkpoint `source` with the improved blocks, and the record of what was done."""
     scheme, paths = result.recipe.stored_scheme, result.block_paths
     better = [record.index for record in result.records if record.outcome != "kept present"]
-    tensors = {
-        f"{paths[index]}.{name}": tensor
-        for index, frozen in zip(better, result.frozen, strict=True)
-        for name, tensor in pack_block(
-            frozen,
-            scheme.within(paths[index]),
-            original.storage_dtype,
-            needs_whole_weights(original.model, paths[index]),
-        ).items()
-    }
+    packer = Packer(original.model, scheme, original.storage_dtype)
+    tensors: dict[str, Tensor] = {}
+    for index, frozen in zip(better, result.frozen, strict=True):
+        tensors |= packer.block(paths[index], frozen, buffers={})
     names = stored_names(original.model, in_own_layout(original.model, result))
     tensors = as_stored_before(original.model, tensors, names)
     facts = {

@@ -32,7 +32,7 @@ from lrquant.entrypoints.preparation import (
     pick_machine,
     prepare,
 )
-from lrquant.export.compressed_tensors import buffers_of, needs_whole_weights, pack_block
+from lrquant.export.packing import Packer
 from lrquant.export.shards import MOST_BYTES
 from lrquant.loading.original import BlockPlace
 from lrquant.loading.pretrained import fetched_folder
@@ -40,11 +40,12 @@ from lrquant.loading.validation import weight_files
 from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
 from lrquant.reconstruction.block_optimizer import MOST_MEASURED
-from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.block_parameters import FrozenBlock, buffers_of
 from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.coverage import Coverage
 from lrquant.reconstruction.journal import FinishedBlock, Journal
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.resume.frozen_tensors import tensors_of
 from lrquant.resume.run_directory import check_place, resolved, run_folder
 from lrquant.runtime.distributed import Ranks
 from lrquant.runtime.memory import PeakMemory
@@ -102,8 +103,10 @@ def estimate(
     mine = -(-prepared.recipe.nsamples // ranks)
     tried = _tried(prepared, ranks)
     cache = prepared.cache(activations, samples=mine)
-    firsts = _firsts(prepared)
-    trial = _Trial(frozenset(firsts.values()), prepared.original.storage_dtype, prepared.recipe)
+    firsts, original = _firsts(prepared), prepared.original
+    trial = _Trial(
+        frozenset(firsts.values()), Packer(original.model, prepared.recipe.stored_scheme, original.storage_dtype)
+    )
     clock = _Clock(len(tried.samples))
     guess = _Extrapolation(
         prepared, trial, clock, cache, mine, firsts=firsts, planned=planned, opened=time.perf_counter() - began
@@ -216,7 +219,7 @@ class _Extrapolation:
             if recipe.target_bits is None:
                 packed = trial.packed[first] * self.planned[place.path] / max(1, self.planned[places[first].path])
             checkpoint += packed
-            work += packed + like * (trial.kept[first] - trial.packed[first])
+            work += like * trial.kept[first]
         checkpoint += (self.parameters - sum(self.sizes)) * self.prepared.original.storage_dtype.itemsize
         return int(checkpoint), int(work)
 
@@ -301,8 +304,8 @@ class _Trial(Journal):
 
     keeps_frozen = True
 
-    def __init__(self, firsts: frozenset[int], storage_dtype: torch.dtype, recipe: Recipe) -> None:
-        self._firsts, self._storage_dtype, self._scheme = firsts, storage_dtype, recipe.stored_scheme
+    def __init__(self, firsts: frozenset[int], packer: Packer) -> None:
+        self._firsts, self._packer = firsts, packer
         self.packed: dict[int, int] = {}
         self.kept: dict[int, int] = {}
 
@@ -319,7 +322,7 @@ class _Trial(Journal):
         return FinishedBlock({}, {}, BlockRecord(place, 0.0, 0.0, "initial"), (), ())
 
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
-        packed = pack_block(frozen, self._scheme.within(path), self._storage_dtype, needs_whole_weights(block, ""))
-        packed |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
-        self.packed[place] = sum(tensor.nbytes for tensor in packed.values())
-        self.kept[place] = self.packed[place] + sum(tensor.nbytes for tensor in finished.tensors().values())
+        buffers = buffers_of(block, self._packer.storage_dtype)
+        kept = [*tensors_of(frozen).values(), *finished.tensors().values(), *buffers.values()]
+        self.kept[place] = sum(tensor.nbytes for tensor in kept)
+        self.packed[place] = sum(tensor.nbytes for tensor in self._packer.block(path, frozen, buffers).values())

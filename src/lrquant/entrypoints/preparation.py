@@ -22,8 +22,8 @@ from lrquant.calibration.text import check_vocabulary
 from lrquant.entrypoints.choice import check_choice
 from lrquant.entrypoints.resolve import resolve
 from lrquant.errors import UsageError
-from lrquant.export.compressed_tensors import check_layout
 from lrquant.export.rehearsal import rehearse
+from lrquant.export.whole_weights import check_layout
 from lrquant.loading.original import Original, open_original
 from lrquant.loading.pretrained import compute_dtype, pick_device, window
 from lrquant.passes.non_block_modules import chosen_modules

@@ -1,12 +1,12 @@
 """The function `quantize`: runs a recipe on a model and writes the checkpoint."""
 
-import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -19,10 +19,10 @@ from lrquant.entrypoints.reporting import Subject, report_quantized
 from lrquant.entrypoints.results import Quantized, keep_activations_quantized, notes_of
 from lrquant.errors import UsageError
 from lrquant.export import Sizes
-from lrquant.export.compressed_tensors import block_tensors, outside_tensors
 from lrquant.export.expert_layout import in_own_layout
+from lrquant.export.packing import Packer
 from lrquant.export.rehearsal import check_loads
-from lrquant.export.saving import About, measure_sizes, quantized_outside, sizes_in_memory, write_checkpoint
+from lrquant.export.saving import About, measure_sizes, sizes_in_memory, write_checkpoint
 from lrquant.export.shards import tensor_bytes
 from lrquant.loading.auto_class import auto_model
 from lrquant.loading.checkpoint import load
@@ -129,7 +129,10 @@ def quantize(
         writing = _Writing(prepared, target, directory)
         writing.claim(model_or_path, options)
         heard = [each for each in (callback, observer) if each is not None and machine.ranks.first]
-        result = _carried_out(prepared, writing, callback=Callbacks(*heard), options=options)
+        callbacks = Callbacks(*heard)
+        if directory is not None:
+            callbacks.run_folder(directory.folder)
+        result = _carried_out(prepared, writing, callback=callbacks, options=options)
         sizes = writing.save(result)
         notes = [*prepared.notes, *notes_of(prepared.original, result.recipe, result), *writing.damaged]
     name, trust = prepared.original.name, options.get("trust_remote_code", False)
@@ -231,7 +234,7 @@ class _Writing:
         """Write the checkpoint, unless it exists already; returns its size on disk, or the size that it would have."""
         original, ranks = self._prepared.original, self._prepared.machine.ranks
         if self._target is None:
-            return sizes_in_memory(original.model, result, result.recipe.stored_scheme, original.storage_dtype)
+            return sizes_in_memory(original.model, result, original.storage_dtype)
         written: dict[str, Any] = {}
         if self._directory is not None and self._disk is not None:
             coverage = self._prepared.coverage
@@ -256,27 +259,29 @@ def _saved(
     coverage: Coverage | None,
 ) -> Sizes:
     """Put the checkpoint in its place, unless it is there."""
-    model, recipe, storage_dtype = original.model, result.recipe, original.storage_dtype
-    weights, bits = journal.quantized_size()
-    more = quantized_outside(model, result, recipe.stored_scheme, storage_dtype)
+    model, storage_dtype = original.model, original.storage_dtype
+    packer = Packer(model, result.recipe.stored_scheme, storage_dtype)
     read = original.block_source.read if isinstance(original.block_source, OffloadedBlocks) else None
 
     def sizes_of(checkpoint_bytes: int) -> Sizes:
-        spent, untied = (weights + more[0], bits + more[1]), result.rotated.untied
-        return measure_sizes(model, checkpoint_bytes, *spent, untied, dtype=storage_dtype)
+        return measure_sizes(packer, checkpoint_bytes, result.rotated.untied)
+
+    def groups() -> Iterator[dict[str, torch.Tensor]]:
+        yield from packer.outside(result, read)
+        yield from packer.blocks(result) if result.frozen else starmap(packer.block, journal.frozen_blocks())
 
     def write(folder: Path) -> None:
-        outside = outside_tensors(model, result, recipe.stored_scheme, storage_dtype, read)
-        tuned = block_tensors(model, result, recipe.stored_scheme, storage_dtype)
-        groups = itertools.chain(outside, tuned if result.frozen else journal.checkpoint_tensors())
         about = About(public_name(original.name), original.processor, original.tensors, coverage)
         write_checkpoint(
-            folder, model, result, groups=groups, storage_dtype=storage_dtype, about=about, sizes_of=sizes_of
+            folder, model, result, groups=groups(), storage_dtype=storage_dtype, about=about, sizes_of=sizes_of
         )
         loader = auto_model(model.config) if result.needs_lrquant else type(model)
         merges = has_exposed(model) and not result.own_layout
         check_loads(folder, loader, original.tensors.carried, merges=merges)
 
-    if not directory.is_placed():
+    if directory.is_placed():
+        for _ in groups():  # counts
+            pass
+    else:
         directory.place(write)
     return sizes_of(tensor_bytes(directory.target))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lrquant.architectures.targets import has_exposed, linears_of
 from lrquant.errors import LrquantError, UsageError
-from lrquant.export.compressed_tensors import STATIC_SCALES, block_tensors, outside_tensors, quantization_config
+from lrquant.export.compressed_tensors import STATIC_SCALES, quantization_config
 from lrquant.export.expert_layout import in_own_layout, stored_names
+from lrquant.export.packing import Packer
 from lrquant.export.saving import as_stored_before
 from lrquant.export.skeleton import skeleton_of
 from lrquant.formats.activation_quant import CACHE_SCALES
@@ -47,10 +48,10 @@ def rehearse(
         result.frozen = list(_frozen_blocks(skeleton, recipe, storage_dtype, paths=paths))
         result.own_layout = in_own_layout(skeleton, result)
         names, tensors = stored_names(model, result.own_layout), dict[str, Tensor]()
-        for group in outside_tensors(skeleton, result, scheme, storage_dtype):
+        packer, sizes = Packer(skeleton, scheme, storage_dtype), dict[str, int]()
+        for group in packer.outside(result):
             tensors |= as_stored_before(model, group, names)
-        sizes = dict[str, int]()
-        for path, group in zip(paths, block_tensors(skeleton, result, scheme, storage_dtype), strict=True):
+        for path, group in zip(paths, packer.blocks(result), strict=True):
             sizes[path] = sum(tensor.nbytes for tensor in group.values())
             tensors |= as_stored_before(model, group, names)
         # Plain transformers refuses the one, and merges the other's experts by their values, which are not here.

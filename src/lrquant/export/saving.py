@@ -1,5 +1,6 @@
 """Write a checkpoint with its recipe and model card, completely or not at all."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,18 +16,12 @@ from torch import nn
 
 from lrquant._registration import BASE_MODEL_TYPE, OWN_METHOD, OWN_MODEL_TYPE
 from lrquant.errors import LrquantError, UsageError
-from lrquant.export.compressed_tensors import (
-    block_tensors,
-    outside_tensors,
-    quantization_config,
-    quantized_size,
-    rounded_outside,
-)
+from lrquant.export.compressed_tensors import quantization_config
 from lrquant.export.expert_layout import renamed, stored_names
 from lrquant.export.model_card import model_card
+from lrquant.export.packing import Packer
 from lrquant.export.shards import ShardWriter
 from lrquant.export.sizes import Sizes
-from lrquant.formats import Scheme
 from lrquant.loading.auto_class import auto_model
 from lrquant.loading.source_tensors import SourceTensors
 from lrquant.recipe import RECIPE_FILE
@@ -77,41 +72,23 @@ def whole_directory(target: Path) -> Iterator[Path]:
         raise
 
 
-def measure_sizes(
-    model: nn.Module, checkpoint_bytes: int, weights: int, bits: int, untied: int = 0, *, dtype: torch.dtype
-) -> Sizes:
-    """`weights` quantized ones take `bits`, out of a checkpoint whose tensors take `checkpoint_bytes`.
+def measure_sizes(packer: Packer, checkpoint_bytes: int, untied: int = 0) -> Sizes:
+    """Sizes of a checkpoint whose tensors, all of which `packer` packed, take `checkpoint_bytes`.
 
-    `untied` parameters are not in the original, where they are tied to others; `dtype` is the original's.
+    `untied` parameters are not in the original, where they are tied to others.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - untied
-    spent = bits / weights if weights else 8.0 * dtype.itemsize
-    return Sizes(checkpoint_bytes, 2 * parameters, spent, dtype.itemsize)
+    parameters = sum(parameter.numel() for parameter in packer.model.parameters()) - untied
+    itemsize = packer.storage_dtype.itemsize
+    spent = packer.bits / packer.weights if packer.weights else 8.0 * itemsize
+    return Sizes(checkpoint_bytes, 2 * parameters, spent, itemsize)
 
 
-def sizes_in_memory(model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype) -> Sizes:
+def sizes_in_memory(model: nn.Module, result: Reconstruction, storage_dtype: torch.dtype) -> Sizes:
     """What a result that is not saved would take on disk."""
-    total = sum(map(_bytes_of, outside_tensors(model, result, scheme, storage_dtype)))
-    weights, bits = quantized_outside(model, result, scheme, storage_dtype)
-    for path, frozen, tensors in zip(
-        result.block_paths, result.frozen, block_tensors(model, result, scheme, storage_dtype), strict=True
-    ):
-        total += _bytes_of(tensors)
-        within = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
-        more = quantized_size(frozen.weights, within)
-        weights, bits = weights + more[0], bits + more[1]
-    return measure_sizes(model, total, weights, bits, result.rotated.untied, dtype=storage_dtype)
-
-
-def quantized_outside(
-    model: nn.Module, result: Reconstruction, scheme: Scheme, storage_dtype: torch.dtype
-) -> tuple[int, int]:
-    """(quantized weights outside the blocks, the bits that they take)."""
-    return quantized_size(result.outside.weights, rounded_outside(model, result, scheme, storage_dtype))
-
-
-def _bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    packer = Packer(model, result.recipe.stored_scheme, storage_dtype)
+    groups = itertools.chain(packer.outside(result), packer.blocks(result))
+    total = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
+    return measure_sizes(packer, total, result.rotated.untied)
 
 
 @dataclass(frozen=True)

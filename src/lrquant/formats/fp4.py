@@ -90,9 +90,9 @@ class E4M3UnderGlobal:
         found = LARGEST_SCALE * elements.high / most.float().clamp(min=torch.finfo(torch.float32).tiny)
         return torch.nan_to_num(found, nan=1.0, posinf=1.0).reshape(1)
 
-    def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+    def on_disk(self, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         assert global_scale is not None
-        return e4m3(scale * global_scale)
+        return e4m3(scale * global_scale).to(torch.float8_e4m3fn)
 
     def bits(self, dtype: torch.dtype) -> int:
         return 8

@@ -114,8 +114,8 @@ class Scales(Protocol):
     def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
         """The global scale of a tensor whose largest magnitude is `most`: (1,), as a checkpoint of `dtype` holds it."""
 
-    def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        """Scales as compressed-tensors' packers take them, in float32."""
+    def on_disk(self, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Scales as a checkpoint of `dtype` holds them."""
 
     def bits(self, dtype: torch.dtype) -> int:
         """Bits that a group's scale takes in a checkpoint of `dtype`."""

@@ -50,8 +50,8 @@ class _Plain:
     def global_scale(self, most: Tensor, elements: Elements, dtype: torch.dtype | None) -> Tensor:
         raise TypeError("this format has no global scale")
 
-    def on_disk(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
-        return scale
+    def on_disk(self, scale: Tensor, global_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return scale.to(dtype)
 
     def bits(self, dtype: torch.dtype) -> int:
         return 8 * dtype.itemsize

@@ -29,7 +29,7 @@ from lrquant.architectures.block_calls import answering
 from lrquant.formats import kernels
 from lrquant.losses import means, no_means
 from lrquant.passes.definition import Pass
-from lrquant.reconstruction.block_optimizer import learn
+from lrquant.reconstruction.block_optimizer import Batches, learn
 from lrquant.reconstruction.block_parameters import FrozenBlock
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.learnables.end_to_end_factor import EndToEndFactor
@@ -78,12 +78,10 @@ def tune(run: Run) -> tuple[list[FrozenBlock], Tuning | None]:
             learned = learn(
                 tuning,
                 tuning.start(),
-                count,
-                min(batch, count),
-                recipe,
-                recipe.seed,
-                lambda epoch, loss: told(epoch + 1, recipe.epochs, loss),
-                ranks,
+                Batches(count, min(batch, count), ranks),
+                recipe=recipe,
+                seed=recipe.seed,
+                on_epoch=lambda epoch, loss: told(epoch + 1, recipe.epochs, loss),
             )
     tuned = [block.tuned(learned.learnables, index) for index, block in enumerate(tuning.blocks)]
     return tuned, Tuning(learned.initial_loss, learned.final_loss, learned.outcome, learned.epoch_losses)

@@ -17,7 +17,7 @@ from lrquant.formats import NumberFormat, Scheme, format_of, kernels
 from lrquant.formats.activation_quant import watched_attention
 from lrquant.losses import means, no_means
 from lrquant.recipe import Recipe
-from lrquant.reconstruction.block_optimizer import Forward
+from lrquant.reconstruction.block_optimizer import Batches, Forward
 from lrquant.reconstruction.block_parameters import FrozenBlock, quantized_parameters
 from lrquant.reconstruction.compiled_block import CompiledBlock
 from lrquant.reconstruction.fixed_parameters import BlockParameters
@@ -55,6 +55,10 @@ class BlockForward:
     def samples(self) -> int:
         """Of all ranks."""
         return int(self.ranks.sum(torch.tensor(len(self.inputs.hidden))))
+
+    @property
+    def batches(self) -> Batches:
+        return Batches(self.samples, self.batch, self.ranks)
 
     def _call(
         self,
@@ -220,6 +224,7 @@ class BlockForward:
         fixed: BlockParameters,
         stream: Sequence[Tensor],
         targets: Sequence[Sequence[Tensor]],
+        *,
         recipe: Recipe,
         graph: CompiledBlock | None = None,
     ) -> Forward:
@@ -268,6 +273,7 @@ class BlockForward:
         parameters: Mapping[str, Tensor],
         stream: Sequence[Tensor],
         targets: Sequence[Sequence[Tensor]],
+        *,
         loss: str,
     ) -> Forward:
         """The block with fixed `parameters`, in the form of `forward_function`."""

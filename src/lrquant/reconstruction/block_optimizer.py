@@ -26,6 +26,19 @@ MOST_MEASURED = 32  # samples on which the loss before and after is compared
 Forward = Callable[[Learnables, Sequence[int]], Tensor]
 
 
+@dataclass(frozen=True)
+class Batches:
+    """How many samples there are, and how many a step takes, over all ranks."""
+
+    samples: int
+    size: int
+    ranks: Ranks = ALONE
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(self.samples / self.size)
+
+
 @dataclass
 class Learned:
     """The outcome of learning one block."""
@@ -40,7 +53,7 @@ class Learned:
     final_terms: Sequence[float] = ()  # what `final_loss` is made of
 
 
-def batch_loss(forward: Forward, learnables: Learnables, part: Sequence[int], ranks: Ranks = ALONE) -> list[Tensor]:
+def batch_loss(forward: Forward, learnables: Learnables, part: Sequence[int], *, ranks: Ranks) -> list[Tensor]:
     """The terms of the loss over the samples `part`, the same on every rank, even if a rank holds none of them."""
     mine = ranks.own(part)
     return [term for term in terms(ranks.mean(forward(learnables, mine), len(mine) / len(part))) if term is not None]
@@ -60,17 +73,12 @@ def shuffled(samples: int, batch: int, generator: torch.Generator) -> list[int]:
 
 @timed("measure")
 @torch.no_grad()
-def measure(
-    forward: Forward,
-    learnables: Learnables,
-    samples: int,
-    batch: int,
-    ranks: Ranks = ALONE,
-) -> list[float]:
+def measure(forward: Forward, learnables: Learnables, batches: Batches) -> list[float]:
     """Means of the loss's terms over up to `MOST_MEASURED` samples, spread evenly."""
+    samples, ranks = batches.samples, batches.ranks
     chosen = torch.linspace(0, samples - 1, min(samples, MOST_MEASURED)).round().long().tolist()
-    parts = [chosen[start : start + batch] for start in range(0, len(chosen), batch)]
-    found = [[float(term) * len(part) for term in batch_loss(forward, learnables, part, ranks)] for part in parts]
+    parts = [chosen[start : start + batches.size] for start in range(0, len(chosen), batches.size)]
+    found = [[float(term) * len(part) for term in batch_loss(forward, learnables, part, ranks=ranks)] for part in parts]
     return [sum(column) / len(chosen) for column in zip(*found, strict=True)]
 
 
@@ -78,18 +86,15 @@ def measure(
 def learn(
     forward: Forward,
     initial: Learnables,
-    samples: int,
-    batch: int,
+    batches: Batches,
+    *,
     recipe: Recipe,
     seed: int,
-    told: Callable[[int, float], None],
-    ranks: Ranks = ALONE,
+    on_epoch: Callable[[int, float], None],
 ) -> Learned:
-    """Minimise the loss over `samples`, starting from `initial`; `told(epoch, loss)` is called after every epoch.
-
-    `samples` and `batch` count those of all ranks.
-    """
-    before = measure(forward, initial, samples, batch, ranks)
+    """Minimise the loss over all samples from `initial`; `on_epoch(epoch, loss)` is called after every epoch."""
+    samples, ranks = batches.samples, batches.ranks
+    before = measure(forward, initial, batches)
     initial_loss = reported(before, recipe.loss)
     if not recipe.epochs or not initial:
         return Learned(initial, "initial", initial_loss, initial_loss, [], 0, final_terms=before)
@@ -101,13 +106,13 @@ def learn(
     generator = torch.Generator().manual_seed(seed)
     device = next(iter(initial.values())).device
     balance = _balance(recipe)
-    optimizer, schedule = _optimizer(current, recipe, samples, batch, 1.0)
+    optimizer, schedule = _optimizer(current, recipe, batches.per_epoch)
     for epoch in range(recipe.epochs):
-        order = shuffled(samples, batch, generator)
+        order = shuffled(samples, batches.size, generator)
         total = torch.zeros((), device=device)
-        for start in range(0, samples, batch):
-            part = sorted(order[start : start + batch])
-            parts = batch_loss(forward, current, part, ranks)
+        for start in range(0, samples, batches.size):
+            part = sorted(order[start : start + batches.size])
+            parts = batch_loss(forward, current, part, ranks=ranks)
             loss = balance(*parts) if balance else objective(parts, recipe.loss)
             optimizer.zero_grad()
             if loss.requires_grad:  # else this rank holds none of the batch
@@ -121,7 +126,7 @@ def learn(
         # Looked at once per epoch: asking after every step would keep an accelerator waiting. One NaN anywhere stays.
         if bool(torch.isfinite(total)) and _are_finite(current):
             epoch_losses.append(float(total) / samples)
-            told(epoch, epoch_losses[-1])
+            on_epoch(epoch, epoch_losses[-1])
             if epoch_losses[-1] < best_loss:
                 best, best_loss = _copy(current), epoch_losses[-1]
             if has_flattened(epoch_losses, recipe.early_stop):
@@ -133,14 +138,14 @@ def learn(
             break
         current = {name: tensor.clone().requires_grad_() for name, tensor in best.items()}
         balance = _balance(recipe)
-        optimizer, schedule = _optimizer(current, recipe, samples, batch, 0.5**recoveries, done=epoch + 1)
+        optimizer, schedule = _optimizer(current, recipe, batches.per_epoch, factor=0.5**recoveries, done=epoch + 1)
 
     final = _copy(current)
-    after = measure(forward, final, samples, batch, ranks)
+    after = measure(forward, final, batches)
     outcome: Outcome = "learned"
     if not no_worse(after, before) and best is not initial:
         final, outcome = best, "best epoch"
-        after = measure(forward, final, samples, batch, ranks)
+        after = measure(forward, final, batches)
     if not no_worse(after, before):
         final, outcome, after = initial, "kept initial", before
     final_loss = reported(after, recipe.loss)
@@ -157,11 +162,9 @@ def has_flattened(losses: Sequence[float], share: float) -> bool:
     return share > 0 and len(losses) > FLAT_EPOCHS and losses[-1] > (1 - share) * losses[-1 - FLAT_EPOCHS]
 
 
-def or_present(
-    learned: Learned, present: Forward, samples: int, batch: int, recipe: Recipe, *, ranks: Ranks = ALONE
-) -> Learned:
+def or_present(learned: Learned, present: Forward, batches: Batches, *, recipe: Recipe) -> Learned:
     """`learned`, unless the block's present parameters give a lower loss."""
-    now = measure(present, {}, samples, batch, ranks)
+    now = measure(present, {}, batches)
     loss = reported(now, recipe.loss)
     learned = replace(learned, initial_loss=loss)
     if no_worse(learned.final_terms, now):
@@ -183,10 +186,9 @@ def _copy(learnables: Learnables) -> Learnables:
 
 
 def _optimizer(
-    learnables: Learnables, recipe: Recipe, samples: int, batch: int, factor: float, done: int = 0
+    learnables: Learnables, recipe: Recipe, per_epoch: int, *, factor: float = 1.0, done: int = 0
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with the recipe's rates times `factor`, and its schedule over the epochs after `done`."""
-    per_epoch = math.ceil(samples / batch)
+    """AdamW with the recipe's rates times `factor`; the schedule covers epochs after `done`, of `per_epoch` steps."""
     groups = parameter_groups(learnables, recipe, recipe.epochs * per_epoch)
     for group in groups:
         group["lr"] *= factor

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrquant.formats import Factors, fake_quantize_weight, quantize_weight
 from lrquant.formats.fake_quant import QuantizedWeight, largest_weight
@@ -185,6 +185,16 @@ class FrozenBlock:
     def parameters(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
         """As `quantized_parameters`, but from the values of the checkpoint; each is computed on access."""
         return _Parameters(self, dtype)
+
+
+def buffers_of(block: nn.Module, storage_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a checkpoint holds of a block besides its parameters."""
+    parameters = {name for name, _ in block.named_parameters()}
+    return {
+        name: tensor.to(storage_dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in block.state_dict().items()
+        if name not in parameters
+    }
 
 
 @dataclass(frozen=True)

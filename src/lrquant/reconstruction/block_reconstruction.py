@@ -24,7 +24,7 @@ from lrquant.reconstruction.initial_state import begin, frozen_again
 from lrquant.reconstruction.journal import FinishedBlock
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.records import BlockRecord
-from lrquant.reconstruction.rounding import solve
+from lrquant.reconstruction.rounding import Problem, solve
 from lrquant.reconstruction.run import BlockOutcome, BlockTask
 from lrquant.transforms.statistics import ChannelStatistics
 
@@ -81,18 +81,15 @@ class Learn:
     def learned(self, task: BlockTask, rival: Rival | None) -> BlockOutcome:
         """The learned parameters, or `rival` if those are better."""
         run, recipe, forward = task.run, task.run.recipe, task.forward
-        compiled = run.compiled
         own_targets = forward.outputs(task.quantized, run.cache) if recipe.two_branch else None
         begun = self.begin(task)
         targets = [task.full_precision] if own_targets is None else [task.full_precision, own_targets]
-        told = run.callback.epoch_done
         with self.rounding(task, begun):
-            learned = solve(
-                forward, begun.fixed, begun.start, task.quantized, targets, recipe, compiled, task.place.index, told
-            )
+            problem = Problem(begun.fixed, begun.start, task.quantized, targets)
+            learned = solve(forward, problem, recipe=recipe, compiled=run.compiled, on_epoch=run.callback.epoch_done)
             if rival is not None:
-                now = forward.fixed_function(rival.parameters, task.quantized, targets, recipe.loss)
-                learned = or_present(learned, now, len(run.samples), forward.batch, recipe, ranks=run.machine.ranks)
+                now = forward.fixed_function(rival.parameters, task.quantized, targets, loss=recipe.loss)
+                learned = or_present(learned, now, forward.batches, recipe=recipe)
         return self.finish(task, begun, learned, rival=rival)
 
     def finish(self, task: BlockTask, begun: Begun, learned: Learned, *, rival: Rival | None = None) -> BlockOutcome:

@@ -40,7 +40,7 @@ from lrquant.reconstruction.block_parameters import quantized_parameters
 from lrquant.reconstruction.block_reconstruction import Begun, Learn, restore
 from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.learnables.rates import clipping_rate, rounding_rate, smoothing_rate
-from lrquant.reconstruction.rounding import solve
+from lrquant.reconstruction.rounding import Problem, solve
 from lrquant.reconstruction.run import BlockOutcome, BlockTask, ParameterProvider
 
 RATE_SHARE = 0.1  # of the rates with which blocks learn by themselves
@@ -195,10 +195,10 @@ class LearnWindows:
         begun = self._begun[index] = self.learn.begin(task)
         if _within(self._carried, f"{index}."):  # as the journal has it
             return
-        targets, told = [task.full_precision, *own_targets], run.callback.epoch_done
+        problem = Problem(begun.fixed, begun.start, task.quantized, [task.full_precision, *own_targets])
         with self.learn.rounding(task, begun):
             learned = solve(
-                forward, begun.fixed, begun.start, task.quantized, targets, run.recipe, run.compiled, index, told
+                forward, problem, recipe=run.recipe, compiled=run.compiled, on_epoch=run.callback.epoch_done
             )
         self._carried |= {f"{index}.{name}": tensor for name, tensor in learned.learnables.items()}
 
@@ -237,12 +237,10 @@ class LearnWindows:
                     self._parameters(together, window, recipe.products), task.quantized, targets, recipe=recipe
                 ),
                 start,
-                together.samples,
-                together.batch,
-                recipe,
-                recipe.seed + task.place.index,
-                lambda epoch, loss: run.callback.epoch_done(task.place.index, recipe.epochs + epoch, loss),
-                together.ranks,
+                together.batches,
+                recipe=recipe,
+                seed=recipe.seed + task.place.index,
+                on_epoch=lambda epoch, loss: run.callback.epoch_done(task.place.index, recipe.epochs + epoch, loss),
             )
 
     def _gently(self, task: BlockTask) -> Recipe:

@@ -2,6 +2,7 @@
 
 A run calls its callback in this order:
 
+    run_folder                  once, where the run can be resumed
     pass_begins                 of every pass (lrquant.passes), by name
       measured                  mixed precision: after every block
       started                   the blocks: once, before the first
@@ -18,6 +19,7 @@ earlier run finished, and whose outputs are not needed, has only `block_done`. I
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 class Callback:
     """A callback that does nothing. That of the command line shows a progress bar."""
+
+    def run_folder(self, folder: Path) -> None:
+        """Files in `folder` are there again when an interrupted run resumes, and are deleted when it ends."""
 
     def pass_begins(self, name: str) -> None: ...
 

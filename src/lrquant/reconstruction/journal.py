@@ -31,10 +31,10 @@ class FinishedBlock:
     carried: dict[str, Tensor] = field(default_factory=dict)  # learnables that the next window goes on from
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, named `learned:NAME`, `carried:NAME`, `scale:LINEAR`, `absmax:LINEAR` or `midpoint:LINEAR`."""
+        """All tensors, named `learned:NAME`, `carried:NAME`, `static:NAME`, `absmax:LINEAR` or `midpoint:LINEAR`."""
         found = {f"learned:{name}": tensor for name, tensor in self.learnables.items()}
         found |= {f"carried:{name}": tensor for name, tensor in self.carried.items()}
-        found |= {f"scale:{name}": tensor for name, tensor in self.static_scales.items()}
+        found |= {f"static:{name}": tensor for name, tensor in self.static_scales.items()}
         for linear, seen in self.statistics.items():
             for kind, tensor in (("absmax", seen.absmax), ("midpoint", seen.midpoint)):
                 if tensor is not None:
@@ -60,7 +60,7 @@ class FinishedBlock:
                 learned[of] = tensor
             elif kind == "carried":
                 carried[of] = tensor
-            elif kind == "scale":
+            elif kind == "static":
                 scales[of] = tensor
             elif kind in ("absmax", "midpoint"):
                 setattr(statistics.setdefault(of, ChannelStatistics()), kind, tensor)

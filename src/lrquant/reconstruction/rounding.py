@@ -6,7 +6,7 @@ gptq      learn; then offsets that compensate (formats/gptq.py), from the learne
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,34 +21,40 @@ from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import Learnables
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What a block is to learn: learnables that bring its outputs on `stream` close to `targets`."""
+
+    fixed: BlockParameters
+    start: Learnables
+    stream: Sequence[Tensor]
+    targets: Sequence[Sequence[Tensor]]  # per branch of the loss
+
+
 def solve(
-    run: BlockForward,
-    fixed: BlockParameters,
-    start: Learnables,
-    stream: Sequence[Tensor],
-    targets: Sequence[Sequence[Tensor]],
+    forward: BlockForward,
+    problem: Problem,
+    *,
     recipe: Recipe,
-    graphs: CompiledBlocks,
-    place: int,
-    told: Callable[[int, int, float], None],
+    compiled: CompiledBlocks,
+    on_epoch: Callable[[int, int, float], None],
 ) -> Learned:
-    """The learned block; `told(place, epoch, loss)` is called after every epoch."""
-    graph = graphs.of(run.block, fixed) if run.inputs.shared() else None
-    forward = run.forward_function(fixed, stream, targets, recipe, graph)
+    """The learned block; `on_epoch(block, epoch, loss)` is called after every epoch."""
+    fixed, index = problem.fixed, forward.index
+    graph = compiled.of(forward.block, fixed) if forward.inputs.shared() else None
+    loss = forward.forward_function(fixed, problem.stream, problem.targets, recipe=recipe, graph=graph)
     learned = learn(
-        forward,
-        start,
-        run.samples,
-        run.batch,
-        recipe,
-        recipe.seed + place,
-        lambda epoch, loss: told(place, epoch, loss),
-        run.ranks,
+        loss,
+        problem.start,
+        forward.batches,
+        recipe=recipe,
+        seed=recipe.seed + index,
+        on_epoch=lambda epoch, loss: on_epoch(index, epoch, loss),
     )
     if recipe.rounding != "gptq" or fixed.format is None:
         return learned
-    compensated = _compensated(run, fixed, learned.learnables, stream)
-    after = measure(forward, compensated, run.samples, run.batch, run.ranks)
+    compensated = _compensated(forward, fixed, learned.learnables, stream=problem.stream)
+    after = measure(loss, compensated, forward.batches)
     if not no_worse(after, learned.final_terms):
         return learned
     return replace(learned, learnables=compensated, final_loss=reported(after, recipe.loss), final_terms=after)
@@ -56,8 +62,8 @@ def solve(
 
 @torch.no_grad()
 def _compensated(
-    run: BlockForward, fixed: BlockParameters, learnables: Learnables, stream: Sequence[Tensor]
+    forward: BlockForward, fixed: BlockParameters, learnables: Learnables, *, stream: Sequence[Tensor]
 ) -> Learnables:
     """`learnables` with GPTQ's offsets for the inputs that the block, as learned, gives its linears."""
-    present = quantized_parameters(fixed, learnables, next(run.block.parameters()).dtype)
-    return learnables | gptq_offsets(fixed, learnables, run.second_moments(stream, present))
+    present = quantized_parameters(fixed, learnables, next(forward.block.parameters()).dtype)
+    return learnables | gptq_offsets(fixed, learnables, forward.second_moments(stream, present))

@@ -48,7 +48,7 @@ def stands_out(block: Block) -> str:
     if block.recoveries:
         told.append(f"non-finite loss, recovered {block.recoveries}×")
     if block.restored:
-        told.append("restored from an interrupted run; not measured again")
+        told.append("finished before an interruption" + ("" if block.sensitivity else "; not measured again"))
     return "; ".join(told)
 
 

@@ -14,6 +14,7 @@ Measurements (float16 tensors), by name:
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lrquant.reconstruction.learnables import Learnables
 from lrquant.reconstruction.learnables.clipping import Clipping
 from lrquant.reconstruction.learnables.smoothing import Smoothing
 from lrquant.reconstruction.records import BlockRecord
+from lrquant.report.block_files import keep_block, kept_block
 from lrquant.report.run import Block, Error, Errors, LinearInput, Sensitivity
 from lrquant.runtime.profile import timed
 
@@ -56,6 +58,10 @@ class Observer(Callback):
         self.measurements: dict[str, Tensor] = {}
         self.looked_at = ""
         self._begun: _Begun | None = None
+        self._folder: Path | None = None
+
+    def run_folder(self, folder: Path) -> None:
+        self._folder = folder
 
     @timed("report")
     def block_begins(self, view: BlockEvent) -> None:
@@ -83,16 +89,31 @@ class Observer(Callback):
         assert block.errors is not None
         block.errors.end = mean_error((view.quantized[sample], view.full_precision[sample]) for sample in self._begun.x)
         self.blocks.append(block)
+        if self._folder is not None and self._begun.block is not None:
+            own = {name: tensor for name, tensor in self.measurements.items() if name.startswith(f"{block.index}|")}
+            keep_block(self._folder, block, own, looked_at=self.looked_at)
         self._begun = None
 
     def block_done(self, record: BlockRecord) -> None:
         if not self.blocks or self.blocks[-1].index != record.index:  # a resumed run did not even pass through it
             self.blocks.append(Block(index=record.index, path=f"block {record.index}", outcome=record.outcome))
+        if not self.blocks[-1].sensitivity and record.outcome != "kept present":
+            self.blocks[-1] = self._restored(self.blocks[-1])
         block = self.blocks[-1]
-        block.restored = not block.sensitivity and record.outcome != "kept present"
         block.outcome, block.recoveries, block.seconds = record.outcome, record.recoveries, record.seconds
         block.initial_loss, block.final_loss = record.initial_loss, record.final_loss
         block.epoch_losses = record.epoch_losses
+
+    def _restored(self, passed: Block) -> Block:
+        """A block that an interrupted run finished, with what that run measured of it, where that is still there."""
+        kept = kept_block(self._folder, passed.index) if self._folder is not None else None
+        if kept is None:
+            passed.restored = True
+            return passed
+        entry, measurements = kept
+        self.measurements |= measurements
+        self.looked_at = self.looked_at or entry.looked_at
+        return entry.block.model_copy(update={"restored": True})
 
     @torch.no_grad()
     def _look(self, looking: "_Looking", block: Block) -> None:

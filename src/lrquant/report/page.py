@@ -1,28 +1,18 @@
 """The report as one self-contained page: jinja2, inlined style, inlined SVG, no script, nothing fetched."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from lrquant.errors import LrquantError
 from lrquant.report import figures
 from lrquant.report.findings import change, findings, hardest_block, own_error, stands_out
 from lrquant.report.run import PAGE, Run, load_run, write_whole
-from lrquant.report.style import SERIES, drawing, to_svg
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure on the page and the sentence under it."""
-
-    title: str
-    svg: Markup
-    caption: str
+from lrquant.report.sections import picture, sections
+from lrquant.report.style import SERIES, drawing
 
 
 def write_report(directory: Path, output: Path | None = None) -> Path:
@@ -44,7 +34,7 @@ def write_comparison(directories: Sequence[Path], output: Path) -> Path:
     runs = list(zip(names, loaded, strict=True))
     with drawing():
         drawn = [
-            _drawn(f"compare-{kind}", figures.compared_depth(runs, kind, SERIES), title, caption)
+            picture(f"compare-{kind}", figures.compared_depth(runs, kind, SERIES), title, caption)
             for kind, title, caption in (
                 (
                     "end",
@@ -65,7 +55,7 @@ def write_comparison(directories: Sequence[Path], output: Path) -> Path:
         "runs": runs,
         "metrics": metrics,
         "values": {name: {metric.name: metric for metric in run.metrics} for name, run in runs},
-        "pictures": [picture for picture in drawn if picture],
+        "pictures": [each for each in drawn if each],
         "hardest": {name: hardest_block(run) for name, run in runs},
         "findings": {name: findings(run) for name, run in runs},
     }
@@ -131,113 +121,5 @@ def _page(run: Run, measurements: figures.Measurements) -> dict[str, Any]:
         "recipe": yaml.safe_dump(run.recipe, sort_keys=False),
         "findings": findings(run),
         "hardest": hardest_block(run),
-        "sections": _sections(run, measurements),
+        "sections": sections(run, measurements),
     }
-
-
-def _drawn(name: str, figure: Any, title: str, caption: str) -> Picture | None:
-    return None if figure is None else Picture(title, Markup(to_svg(figure, name, f"{title}. {caption}")), caption)
-
-
-def _sections(run: Run, measurements: figures.Measurements) -> list[tuple[str, str, list[Picture]]]:
-    """(title, introduction, pictures) of every section that has pictures."""
-    with drawing():
-        results = [
-            _drawn("methods", figures.methods(run), "Methods compared", "The same model, format and samples."),
-            _drawn(
-                "windows",
-                figures.windows(run),
-                "Change of perplexity by window",
-                "Each bar is one window of the evaluation text. Below zero, the new model finds the text more likely.",
-            ),
-            _drawn("pairs", figures.window_pairs(run), "Perplexity over the text", "Lower is better."),
-        ]
-        blocks = [
-            _drawn(
-                "depth",
-                figures.depth(run),
-                "Error over depth",
-                "Mean over tokens of |ŷ − y| / |y|, ŷ the quantized model's hidden states, y the original's.",
-            ),
-            _drawn(
-                "steps",
-                figures.steps(run),
-                "Gain of smoothing and learning",
-                "Below 100 %, the block is closer to the original than with plain rounding, on the same input.",
-            ),
-            _drawn(
-                "cosine",
-                figures.cosine(run),
-                "Direction of the output",
-                "Lower is closer. The next block's norm keeps only the direction of a hidden state.",
-            ),
-            _drawn(
-                "losses",
-                figures.losses(run),
-                "Loss over epochs",
-                "Falling lines mean that learning helps. Blocks that need attention are in the warning colour.",
-            ),
-        ]
-        layers = [
-            _drawn(
-                "sensitivity",
-                figures.sensitivity(run),
-                "Sensitivity of single layers",
-                "The block's output error when only this layer's weight and input are quantized.",
-            ),
-        ]
-        inside = [
-            _drawn(
-                "outliers",
-                figures.outliers(run),
-                "Outlier channels before and after smoothing",
-                "One point per input of a linear. At a ratio of 1 all channels would be equally large.",
-            )
-        ]
-        chosen = figures.chosen_blocks(run)
-        for block in chosen:
-            layer = figures.mapped_layer(block, measurements)
-            if layer is not None:
-                inside.append(
-                    _drawn(
-                        f"map{block.index}",
-                        figures.activations(block, layer, measurements),
-                        f"Block {block.index}, input of {layer}",
-                        "Bright vertical lines are outlier channels: they make the quantization of all others coarser.",
-                    )
-                )
-        inside.append(
-            _drawn(
-                "scales",
-                figures.scales(run, measurements),
-                "Learned scales and their initial values",
-                "A point is a channel; on the diagonal its scale did not change. Dark: first blocks; light: last.",
-            )
-        )
-        for block in chosen[:2]:
-            inside.append(
-                _drawn(
-                    f"weights{block.index}",
-                    figures.weights(block, measurements),
-                    f"Weights of block {block.index} and their clipped range",
-                    "Logarithmic histograms. Lines: mean ends of the clipped range. Bands: the ends of most groups.",
-                )
-            )
-    return [
-        (title, text, [picture for picture in drawn if picture])
-        for title, text, drawn in (
-            ("Results", "", results),
-            (
-                "Block by block",
-                "A transformer is a stack of blocks. Each block is quantized after the blocks before it.",
-                blocks,
-            ),
-            ("Layers", "", layers),
-            (
-                "Inside",
-                "A few blocks: the hardest, the one with the strongest outliers, and the first or a middle one.",
-                inside,
-            ),
-        )
-        if any(drawn)
-    ]

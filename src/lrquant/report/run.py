@@ -73,7 +73,7 @@ class Block(_Kept):
     final_loss: float | None = None
     epoch_losses: list[float] = Field(default_factory=list)
     recoveries: int = 0
-    restored: bool = False  # by a resumed run, which did not look inside
+    restored: bool = False  # finished by an interrupted run
     seconds: float = 0.0
     errors: Errors | None = None
     sensitivity: list[Sensitivity] = Field(default_factory=list)

@@ -1,6 +1,6 @@
 """The journal: finished blocks of an unfinished run, on disk.
 
-    00012.safetensors   packed:NAME    the block's tensors as the checkpoint will hold them
+    00012.safetensors   codes:LINEAR, scale:LINEAR, …   integers, scales, zero points (frozen_tensors.py)
                         buffer:NAME    what the block holds besides parameters
                         learned:NAME   its learnables
                         carried:NAME   learnables of later blocks, where windows overlap
@@ -25,22 +25,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lrquant.errors import LrquantError
-from lrquant.export.compressed_tensors import (
-    buffers_of,
-    needs_whole_weights,
-    pack_block,
-    quantized_size,
-    unpack_block,
-)
 from lrquant.formats import Scheme
-from lrquant.reconstruction.block_parameters import FrozenBlock
+from lrquant.reconstruction.block_parameters import FrozenBlock, buffers_of
 from lrquant.reconstruction.journal import FinishedBlock, Journal
-from lrquant.resume.fingerprint import digest_of
+from lrquant.resume.frozen_tensors import frozen_block, tensors_of
 from lrquant.resume.manifest import BitsEntry, BlockEntry, read_entry, write_entry
 from lrquant.runtime.files import checksum, write_tensors
 from lrquant.runtime.profile import timed
 
-_KINDS = ("learned:", "carried:", "scale:", "absmax:", "midpoint:")  # of a finished block's tensors
+_FINISHED = ("learned:", "carried:", "static:", "absmax:", "midpoint:")  # what `FinishedBlock` is made of
 
 
 class DiskJournal(Journal):
@@ -97,51 +90,32 @@ class DiskJournal(Journal):
         """Blocks that need not be done again."""
         return sum(map(self.finished, self._entries))
 
-    def restore(self, place: int, block: nn.Module) -> tuple[FinishedBlock, Mapping[str, Tensor]] | None:
-        packed, whole = dict(self._read(place, "packed:")), needs_whole_weights(block, "")
-        parameters = unpack_block(
-            packed,
-            self._scheme.within(self._entries[place].path),
-            self._storage_dtype,
-            next(block.parameters()).dtype,
-            whole,
-        )
-        if digest_of(parameters) != self._entries[place].parameters:
-            self._whole.discard(place)
-            self._found(
-                place, f"{self._file(place, 'safetensors')}: does not unpack to the packed values on this machine"
-            )
-            return None
-        return self.summary(place), parameters
+    def restore(self, place: int, block: nn.Module) -> tuple[FinishedBlock, Mapping[str, Tensor]]:
+        frozen = self._frozen(place, self._tensors(place))
+        return self.summary(place), frozen.parameters(next(block.parameters()).dtype)
 
     def summary(self, place: int) -> FinishedBlock:
         entry = self._entries[place]
-        # Copies: what is read is a view of its file, which would stay open while the run folder is taken away.
-        tensors = {kind + name: tensor.clone() for kind in _KINDS for name, tensor in self._read(place, kind)}
+        # Copied: what safetensors reads is mapped from the file, which would keep the run folder from being removed.
+        tensors = {name: tensor.clone() for name, tensor in self._tensors(place, *_FINISHED).items()}
         return FinishedBlock.of(tensors, entry.record, entry.flat_inputs, entry.added_biases)
 
     @timed("write")
     def block_done(self, place: int, path: str, block: nn.Module, finished: FinishedBlock, frozen: FrozenBlock) -> None:
-        packed = pack_block(frozen, self._scheme.within(path), self._storage_dtype, needs_whole_weights(block, ""))
-        tensors = {f"packed:{name}": tensor for name, tensor in packed.items()}
+        tensors = tensors_of(frozen) | finished.tensors()
         tensors |= {f"buffer:{name}": tensor for name, tensor in buffers_of(block, self._storage_dtype).items()}
-        tensors |= finished.tensors()
         file = self._file(place, "safetensors")
         # Linears that runtimes fuse share a scale, and a file holds no tensor twice.
         apart = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
         write_tensors(file, apart)
-        weights, bits = quantized_size(frozen.weights, packed)
         before = self._entries.get(place - 1)
         self._entries[place] = BlockEntry(
             path=path,
             bytes=file.stat().st_size,
             sha256=checksum(file),
             after=before.sha256 if before else "",
-            parameters=digest_of(frozen.parameters(next(block.parameters()).dtype)),
-            quantized_weights=weights,
-            quantized_bits=bits,
             flat_inputs=list(finished.flat_inputs),
             added_biases=list(finished.added_biases),
             record=finished.record,
@@ -149,33 +123,31 @@ class DiskJournal(Journal):
         write_entry(self._file(place, "json"), self._entries[place])
         self._whole.add(place)
 
-    def checkpoint_tensors(self) -> Iterator[dict[str, Tensor]]:
-        """Every block's tensors under their full names, one block after the other.
+    def frozen_blocks(self) -> Iterator[tuple[str, FrozenBlock, dict[str, Tensor]]]:
+        """Every block in turn: its path, its frozen parameters, and what it holds besides parameters.
 
         Raises:
-            LrquantError: a block was damaged since it was written or read last.
+            LrquantError: a block was damaged since it was written or last read.
         """
         for place, entry in sorted(self._entries.items()):
             if checksum(self._file(place, "safetensors")) != entry.sha256:
-                raise LrquantError(
-                    f"{self._file(place, 'safetensors')}: damaged since it was written; run the same command again"
-                )
-            tensors = dict(self._read(place, "buffer:")) | dict(self._read(place, "packed:"))
-            yield {f"{entry.path}.{name}": tensor for name, tensor in tensors.items()}
+                file = self._file(place, "safetensors")
+                raise LrquantError(f"{file}: damaged since it was written; run the same command again")
+            tensors = self._tensors(place)
+            buffers = {name.removeprefix("buffer:"): tensors[name] for name in tensors if name.startswith("buffer:")}
+            yield entry.path, self._frozen(place, tensors), buffers
 
-    def quantized_size(self) -> tuple[int, int]:
-        """(quantized weights, the bits that they, their scales and zero points take) over all blocks."""
-        entries = self._entries.values()
-        return sum(entry.quantized_weights for entry in entries), sum(entry.quantized_bits for entry in entries)
+    def _frozen(self, place: int, tensors: Mapping[str, Tensor]) -> FrozenBlock:
+        return frozen_block(tensors, self._scheme.within(self._entries[place].path), self._storage_dtype)
 
     def _file(self, place: int, kind: str) -> Path:
         return self.folder / f"{place:05}.{kind}"
 
-    def _read(self, place: int, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, place: int, *kinds: str) -> dict[str, Tensor]:
+        """The tensors in a block's file; of `kinds` alone, where any are named."""
         try:
             with safe_open(self._file(place, "safetensors"), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name.startswith(prefix):
-                        yield name.removeprefix(prefix), file.get_tensor(name)
+                names = [name for name in file.keys() if name.startswith(kinds or "")]  # noqa: SIM118
+                return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise LrquantError(f"{self._file(place, 'safetensors')}: cannot be read ({error})") from error

@@ -26,7 +26,7 @@ class RunEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    layout: int = Field(1, ge=1, le=1)
+    layout: int = Field(2, ge=2, le=2)
     identity: dict[str, str]
 
 
@@ -41,9 +41,6 @@ class BlockEntry(BaseModel):
     after: str = Field(
         pattern=r"^([0-9a-f]{64})?$"
     )  # SHA-256 of the block before, on whose output this one was learned
-    parameters: str = Field(pattern=_HEX)  # digest of the dequantized parameters
-    quantized_weights: int = Field(ge=0)
-    quantized_bits: int = Field(ge=0)
     flat_inputs: list[str]
     added_biases: list[str]
     record: BlockRecord
@@ -63,6 +60,7 @@ class Placing(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     files: dict[str, str]  # name → SHA-256
+    identity: dict[str, str]  # as in `RunEntry`, which is deleted first
 
 
 def write_entry(path: Path, entry: BaseModel) -> None:

@@ -40,6 +40,7 @@ class RunDirectory:
     def __init__(self, target: Path) -> None:
         self.target = target
         self.folder = run_folder(target)
+        self._identity: dict[str, str] = {}
 
     def claim(self, identity: dict[str, str]) -> None:
         """Take the folder for a run of `identity`.
@@ -47,23 +48,30 @@ class RunDirectory:
         Raises:
             UsageError: what is there is an unfinished run of something else.
         """
-        file = self.folder / _RUN
+        self._identity = identity
         try:
-            before = read_entry(file, RunEntry).identity
-        except FileNotFoundError:
-            self.clear()
-            write_entry(file, RunEntry(layout=1, identity=identity))
-            return
+            before = self._claimed()
         except LrquantError as error:
             raise UsageError(
                 f"{error}: the state of this unfinished run cannot be read; start over with --restart"
             ) from None
+        if before is None:
+            self.clear()
+            write_entry(self.folder / _RUN, RunEntry(layout=2, identity=identity))
+            return
         changed = difference(before, identity)
         if changed:
             raise UsageError(
                 f"{self.target}: an unfinished run is kept there, but {changed}; "
                 f"repeat its original command, or start over with --restart"
             )
+
+    def _claimed(self) -> dict[str, str] | None:
+        """The identity of the run that is here; None: there is none."""
+        try:
+            return read_entry(self.folder / _RUN, RunEntry).identity
+        except FileNotFoundError:  # it may have been killed while it tidied up
+            return read_entry(self.folder / _PLACING, Placing).identity if self.is_placed() else None
 
     def clear(self) -> None:
         """Forget everything but the lock."""
@@ -107,7 +115,7 @@ class RunDirectory:
             result.mkdir()
             write(result)
             sync_tree(result)
-            write_entry(self.folder / _PLACING, Placing(files=_checksums(result)))
+            write_entry(self.folder / _PLACING, Placing(files=_checksums(result), identity=self._identity))
             if self.folder.parent == self.target:
                 for path in sorted(result.iterdir(), key=lambda path: path.name == "config.json"):
                     os.replace(path, self.target / path.name)

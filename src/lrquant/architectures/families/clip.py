@@ -10,7 +10,8 @@ from lrquant.transforms import Equivalence
 def equivalences(config: Any) -> tuple[Equivalence, ...]:
     vision = getattr(config, "vision_config", config)
     heads = vision.num_attention_heads
-    return vision_encoder(heads, vision.hidden_size // heads, "self_attn", "out_proj", "layer_norm1", "layer_norm2")
+    norms = "layer_norm1", "layer_norm2"
+    return vision_encoder(heads, vision.hidden_size // heads, attention="self_attn", output="out_proj", norms=norms)
 
 
 FAMILY = Family("clip", ("clip", "clip_vision_model"), "vision_model.encoder.layers", equivalences, tower="vision")

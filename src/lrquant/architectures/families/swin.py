@@ -16,7 +16,7 @@ def equivalences(config: Any, stage: int) -> tuple[Equivalence, ...]:
     heads = config.num_heads[stage]
     head_dim = config.embed_dim * 2**stage // heads
     norms = "layernorm_before", "layernorm_after"
-    return vision_encoder(heads, head_dim, "attention", "o_proj", *norms, shift_attention=False)
+    return vision_encoder(heads, head_dim, attention="attention", output="o_proj", norms=norms, shift_attention=False)
 
 
 FAMILY = Family("swin", ("swin",), "swin.encoder.layers.*.blocks", equivalences, tower="vision")

@@ -10,7 +10,7 @@ from lrquant.transforms import Equivalence
 def equivalences(config: Any) -> tuple[Equivalence, ...]:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     norms = "layernorm_before", "layernorm_after"
-    return vision_encoder(config.num_attention_heads, head_dim, "attention", "o_proj", *norms)
+    return vision_encoder(config.num_attention_heads, head_dim, attention="attention", output="o_proj", norms=norms)
 
 
 FAMILY = Family("vit", ("vit",), "vit.layers", equivalences, tower="vision")
