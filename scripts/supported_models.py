@@ -10,6 +10,7 @@ from typing import Any
 
 from lrquant.architectures import family_names, family_of
 from lrquant.architectures.discovery import blocks_in
+from lrquant.architectures.targets import expose_linears
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 TARGET = Path(__file__).parents[1] / "docs" / "supported-models.md"
@@ -38,7 +39,7 @@ TYPES: dict[str, dict[str, dict[str, Any]]] = {
         "apertus": {}, "arcee": {}, "bloom": {"n_layer": 2, "n_head": 4}, "codegen": GPT | {"rotary_dim": 4},
         "cohere": {}, "cohere2": {}, "ernie4_5": {}, "exaone4": {}, "falcon": {}, "gemma": {"head_dim": 8},
         "gemma2": {"head_dim": 8}, "gemma3_text": {"head_dim": 8}, "glm": {"head_dim": 8}, "glm4": {"head_dim": 8},
-        "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, "gpt_neox": {},
+        "gpt2": GPT, "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, "gpt_neox": {},
         "gptj": GPT | {"rotary_dim": 4}, "granite": {}, "helium": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8},
         "llama": {}, "mistral": {}, "modernbert-decoder": {},
         "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, "nemotron": {}, "olmo": {},
@@ -130,7 +131,9 @@ def built(heading: str, model_type: str) -> Any:
     common = {} if heading == "Multimodal" else COMMON
     config = transformers.AutoConfig.for_model(model_type, **(common | TYPES[heading][model_type]))
     with init_empty_weights(include_buffers=False):
-        return getattr(transformers, AUTO.get(heading, "AutoModelForCausalLM")).from_config(config).eval()
+        model = getattr(transformers, AUTO.get(heading, "AutoModelForCausalLM")).from_config(config).eval()
+    expose_linears(model)
+    return model
 
 
 def row(heading: str, model_type: str) -> str:

@@ -31,7 +31,7 @@ def write_tiny(folder: Path, model_type: str = "llama", dtype: torch.dtype = tor
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings | changes), dtype=dtype)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name:
+        if parameter.ndim >= 2 and "embed" not in name:
             parameter.mul_(4)  # so that blocks do something next to the residual
         elif parameter.ndim == 1:
             parameter.add_(torch.randn_like(parameter) * 0.1)

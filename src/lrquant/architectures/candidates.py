@@ -5,7 +5,7 @@ layout of heads, groups and fused projections can be found whatever the model ca
 something, its gradient gives the factor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,14 @@ from lrquant.architectures.trace import Attention, Passed, Trace
 from lrquant.transforms import Equivalence, NormToLinears, QueryKey, UpToDown, ValueToOutput
 
 ROUNDING = 1e-9
+TRIED = 2  # experts of a mixture on which a transformation is tried that each expert has
 NOT_THERE = -1
 
 
 def candidates(seen: Trace) -> Iterator[list[Equivalence]]:
     """Candidates in groups; of each group at most one can be used, and the better ones stand first."""
     for norm, linears in _norm_readers(seen).items():
-        yield [NormToLinears(norm, linears, offset, shift) for shift in (True, False) for offset in (0.0, 1.0)]
+        yield list(_norm_to_linears(seen, norm, linears))
     for attention in seen.attention:
         value = _source(seen, attention.value)
         if value is not None and not value.is_norm and bool((value.rows >= 0).all()):
@@ -36,13 +37,13 @@ def candidates(seen: Trace) -> Iterator[list[Equivalence]]:
 def _norm_readers(seen: Trace) -> dict[str, tuple[str, ...]]:
     """norm → linears that receive its output, whole tokens of it, maybe times a constant."""
     readers: dict[str, tuple[str, ...]] = {}
+    received = {name: linear.given for name, linear in seen.linears.items()} | seen.routers
     for norm, passed in seen.norms.items():
         rows = passed.answered.detach().flatten(0, -2)
         names = [
             name
-            for name, linear in seen.linears.items()
-            if rows.shape[-1] == passed.channels == linear.given.shape[-1]
-            and _holds_row(rows, linear.given.detach().flatten(0, -2))
+            for name, given in received.items()
+            if rows.shape[-1] == passed.channels == given.shape[-1] and _holds_row(rows, given.detach().flatten(0, -2))
         ]
         if names:
             readers[norm] = tuple(names)
@@ -51,9 +52,22 @@ def _norm_readers(seen: Trace) -> dict[str, tuple[str, ...]]:
 
 def _holds_row(rows: Tensor, given: Tensor) -> bool:
     """Whether the largest row of `given`, (any, width), is a multiple of one of `rows`, (any, width)."""
+    if not given.any():
+        return False
     row = given[given.abs().amax(-1).argmax()]
     factor = row[:1] / rows[:, :1]  # (rows, 1)
     return bool(((rows * factor - row).abs().amax(-1) <= ROUNDING * row.abs().max()).any())
+
+
+def _norm_to_linears(seen: Trace, norm: str, readers: Sequence[str]) -> Iterator[Equivalence]:
+    """A mixture's experts and router are scaled and not shifted: most have no biases to hold it."""
+    routed = seen.routers.keys() | {name for same in seen.alike for name in same}
+    shifts = (False,) if routed.intersection(readers) else (True, False)
+    without = tuple(name for name in readers if name not in seen.routers)
+    for linears in dict.fromkeys((tuple(readers), without)):
+        for shift in shifts if linears else ():
+            for offset in (0.0, 1.0):
+                yield NormToLinears(norm, linears, offset, shift)
 
 
 # --- Attention ---
@@ -192,9 +206,10 @@ def _pairs(together: set[tuple[int, int]], usable: Tensor) -> tuple[Tensor, list
 def _up_to_down(seen: Trace) -> Iterator[list[Equivalence]]:
     """For every linear, those linears whose rows its columns are multiples of, in an even order."""
     names, modules = list(seen.linears), list(seen.linears.values())
+    untried = _untried(seen)
     for down, linear in seen.linears.items():
         width = linear.given.shape[-1]
-        if width < 2:
+        if width < 2 or down in untried:
             continue
         starts, nexts = (_rows_behind(linear.given, column, modules) for column in (0, 1))
         found: list[Equivalence] = []
@@ -205,6 +220,15 @@ def _up_to_down(seen: Trace) -> Iterator[list[Equivalence]]:
             if int(rows[-1]) < passed.channels:
                 found.append(UpToDown(up, down, None if width == passed.channels else rows))
         yield found
+
+
+def _untried(seen: Trace) -> set[str]:
+    """Linears of experts beyond the first that tokens reached: what holds of those is used for all."""
+    untried: set[str] = set()
+    for same in seen.alike:
+        reached = [name for name in same if name in seen.linears and bool(seen.linears[name].given.detach().any())]
+        untried |= set(same).difference(reached[:TRIED])
+    return untried
 
 
 def _rows_behind(given: Tensor, column: int, ups: list[Passed]) -> list[int | None]:

@@ -12,8 +12,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from lrquant.architectures.candidates import candidates
+from lrquant.architectures.every_expert import for_every_expert
 from lrquant.architectures.probe import Call, Probe, calls_of, picture_inputs, text_inputs
 from lrquant.architectures.proof import proven
+from lrquant.architectures.targets import is_linear
 from lrquant.errors import UsageError
 from lrquant.transforms import Equivalence
 
@@ -91,8 +93,8 @@ def _may_be_blocks(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.ModuleList)
         and len(module) > 0
-        and any(isinstance(part, nn.Linear) for block in module for part in block.modules())
-        and not isinstance(module[0], nn.Linear)
+        and any(map(is_linear, module.modules()))
+        and not is_linear(module[0])
     )
 
 
@@ -165,7 +167,7 @@ def discover(block: nn.Module, call: Call) -> tuple[Equivalence, ...]:
     block.eval()
     try:
         probe = Probe(block, call)
-        return proven(probe, candidates(probe.trace()))
+        return for_every_expert(block, proven(probe, candidates(probe.trace())))
     finally:
         block.train(training)
 

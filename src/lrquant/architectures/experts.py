@@ -26,6 +26,7 @@ from lrquant.runtime import compat
 
 IMPLEMENTATION = "lrquant"
 _EVERYTHING = "_lrquant_sees_everything"  # an experts module's, while every expert is to see all tokens
+_FEW = "_lrquant_few"  # an experts module's, while only its first ones work: how many
 _FALLBACK = "batched_mm"  # for experts that are not linears
 
 
@@ -125,6 +126,10 @@ def _forward(
         result: Tensor = ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
         return result
     everything = getattr(self, _EVERYTHING, False)
+    if (few := getattr(self, _FEW, None)) is not None:
+        tokens, choices = (torch.arange(count, device=top_k_index.device) for count in top_k_index.shape)
+        top_k_weights = top_k_weights * (1 + top_k_index)
+        top_k_index = (tokens[:, None] + choices) % few
     output = torch.zeros_like(hidden_states)
     for number in range(self.num_experts):
         slots, tokens = torch.where((top_k_index == number).T)
@@ -202,11 +207,28 @@ def seeing_everything(block: nn.Module) -> Iterator[None]:
 
     The block's output still follows the router's choice.
     """
+    with _all_with(block, _EVERYTHING, True):
+        yield
+
+
+@contextmanager
+def first_experts(block: nn.Module, count: int) -> Iterator[None]:
+    """Within, the first `count` experts of each mixture in `block` work in turns, whichever its router chooses.
+
+    All experts run the same code, so what a trial shows of a few holds for all, and takes a fraction of the memory.
+    What an expert answers is multiplied by the chosen one's number: a change of the router's choice shows.
+    """
+    with _all_with(block, _FEW, count):
+        yield
+
+
+@contextmanager
+def _all_with(block: nn.Module, attribute: str, value: Any) -> Iterator[None]:
     modules = [module for module in block.modules() if are_linears(module)]
     for module in modules:
-        setattr(module, _EVERYTHING, True)
+        setattr(module, attribute, value)
     try:
         yield
     finally:
         for module in modules:
-            delattr(module, _EVERYTHING)
+            delattr(module, attribute)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lrquant.architectures.discovery import Blocks, blocks_in, language_tower, vision_tower
+from lrquant.architectures.every_expert import name_in_every_expert
 from lrquant.errors import UsageError
 from lrquant.transforms import Equivalence
 
@@ -178,7 +179,7 @@ def found_notes(model_type: str, stages: Sequence[Stage]) -> list[str]:
         if stage.found is None:
             continue
         found = stage.found.found()
-        names = dict.fromkeys(each.name for own in found.equivalences for each in own)
+        names = dict.fromkeys(name_in_every_expert(each.name) for own in found.equivalences for each in own)
         what = (
             f"found by analysis and verified: {', '.join(names)}" if names else "none found; weights are only clipped"
         )

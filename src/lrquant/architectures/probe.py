@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrquant.architectures.block_calls import Enough, answering, without_cache
+from lrquant.architectures.candidates import TRIED
 from lrquant.architectures.double import in_double
+from lrquant.architectures.experts import first_experts
+from lrquant.architectures.targets import experts_alike
 from lrquant.architectures.trace import Trace, trace
 
 
@@ -46,7 +49,13 @@ class Random:
         return torch.zeros(like.shape, dtype=like.dtype)
 
     def of(self, module: nn.Module) -> dict[str, Tensor]:
-        values = {name: self.parameter(parameter) for name, parameter in module.named_parameters()}
+        """For every parameter and buffer of `module`; every second expert of a mixture has the same ones."""
+        values: dict[str, Tensor] = {}
+        like = {name: same[at % TRIED] for same in experts_alike(module) for at, name in enumerate(same)}
+        for name, parameter in module.named_parameters():
+            owner, _, own = name.rpartition(".")
+            first = f"{like.get(owner, owner)}.{own}"
+            values[name] = values[first] if first in values else self.parameter(parameter)
         return values | {name: self.buffer(buffer) for name, buffer in module.named_buffers()}
 
 
@@ -79,15 +88,11 @@ def calls_of(model: nn.Module, path: str, inputs: Mapping[str, Any]) -> list[Cal
             behind[:] = [output[1:]] if isinstance(output, tuple) else []
         return (hidden, *behind[0]) if behind else hidden
 
-    random = Random()
-    elsewhere = tuple(f"{path}.{index}." for index in range(1, len(blocks)))
-    values = {
-        name: random.parameter(parameter)
-        for name, parameter in model.named_parameters()
-        if not name.startswith(elsewhere)
-    }
-    values |= {name: random.buffer(buffer) for name, buffer in model.named_buffers() if not name.startswith(elsewhere)}
-    with in_double(), answering(blocks, record):
+    random, inside = Random(), f"{path}."
+    values = {name: random.parameter(each) for name, each in model.named_parameters() if not name.startswith(inside)}
+    values |= {name: random.buffer(each) for name, each in model.named_buffers() if not name.startswith(inside)}
+    values |= {f"{path}.0.{name}": value for name, value in random.of(blocks[0]).items()}
+    with in_double(), first_experts(blocks[0], TRIED), answering(blocks, record):
         try:
             functional_call(model, values, kwargs=dict(inputs))
         except Enough:
@@ -122,7 +127,7 @@ class Probe:
             for name in added
         ]
         try:
-            with in_double():
+            with in_double(), first_experts(self.block, TRIED):
                 output = functional_call(self.block, values, (self.call.hidden.clone(),), self.call.arguments)
         finally:
             for handle in handles:
@@ -146,7 +151,7 @@ class Probe:
         hidden = self.call.hidden.clone().requires_grad_()
 
         def call() -> None:
-            with in_double():
+            with in_double(), first_experts(self.block, TRIED):
                 functional_call(self.block, self.values, (hidden * 1.0,), self.call.arguments)
 
         return trace(self.block, call)

@@ -10,7 +10,7 @@ token or how much of a shared expert is added, are not quantized.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -47,7 +47,7 @@ def has_exposed(model: nn.Module) -> bool:
     return any(isinstance(module, experts.LinearView) or experts.are_sorted(module) for module in model.modules())
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: Any) -> TypeGuard[nn.Linear]:
     """Whether `module` is a linear layer."""
     return isinstance(module, nn.Linear)
 
@@ -73,7 +73,7 @@ def mixtures_of(block: nn.Module) -> list[Mixture]:
     """The mixtures of experts in `block`: modules with two or more experts of one kind, each with linears."""
     found = []
     for path, module in block.named_modules():
-        parts = _experts_in(module)
+        parts = experts_in(module)
         if parts:
             parent = path.rpartition(".")[0]
             gates = _gates(block.get_submodule(parent), path.removeprefix(f"{parent}."), len(parts))
@@ -92,7 +92,7 @@ def experts_alike(block: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found.values()]
 
 
-def _experts_in(module: nn.Module) -> list[str]:
+def experts_in(module: nn.Module) -> list[str]:
     """Names of the children of `module` that are experts."""
     if not (experts.are_linears(module) or isinstance(module, nn.ModuleList)):
         return []

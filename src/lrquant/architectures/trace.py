@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lrquant.architectures.targets import experts_alike, is_linear
+
 _PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm}
 _SOFTMAX = {torch.softmax, Tensor.softmax, nn.functional.softmax}
 
@@ -41,29 +43,32 @@ class Trace:
 
     linears: dict[str, Passed] = field(default_factory=dict)
     norms: dict[str, Passed] = field(default_factory=dict)
+    routers: dict[str, Tensor] = field(default_factory=dict)  # other modules with a matrix → what they received
     attention: list[Attention] = field(default_factory=list)
-    again: set[str] = field(default_factory=set)  # modules that were called more than once
+    alike: list[tuple[str, ...]] = field(default_factory=list)  # linears that play the same part in all experts
 
 
 def trace(block: nn.Module, call: Callable[[], Any]) -> Trace:
     """What happens in `block` while `call()` runs it; with gradients, so that dependencies can be asked for."""
-    found = Trace()
+    found = Trace(alike=experts_alike(block))
 
     def watch(name: str, into: dict[str, Passed], channels: int) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if name in into:
-                found.again.add(name)
-            elif inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-                into[name] = Passed(inputs[0], output, channels)
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            given = inputs[0] if inputs else None
+            if isinstance(given, Tensor) and _routes(module, given, output):
+                found.routers.setdefault(name, given)
+            elif isinstance(given, Tensor) and isinstance(output, Tensor) and (is_linear(module) or is_norm(module)):
+                into.setdefault(name, Passed(given, output, channels))
 
         return hook
 
     handles = []
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        weight = getattr(module, "weight", None)
+        if is_linear(module):
             handles.append(module.register_forward_hook(watch(name, found.linears, module.out_features)))
-        elif is_norm(module):
-            handles.append(module.register_forward_hook(watch(name, found.norms, module.weight.numel())))
+        elif isinstance(weight, Tensor):
+            handles.append(module.register_forward_hook(watch(name, found.norms, weight.numel())))
     try:
         with torch.enable_grad(), _AttentionWatch(found.attention):
             call()
@@ -78,6 +83,14 @@ def is_norm(module: nn.Module) -> bool:
     names = {name for name, _ in module.named_parameters()}
     weight = getattr(module, "weight", None)
     return names in ({"weight"}, {"weight", "bias"}) and isinstance(weight, Tensor) and 1 <= weight.ndim <= 2
+
+
+def _routes(module: nn.Module, given: Tensor, output: Any) -> bool:
+    """Whether `module` may multiply `given` by a matrix without being an ordinary linear, as routers do."""
+    weight: Any = module.weight
+    if isinstance(output, Tensor) and (is_linear(module) or output.shape == given.shape):
+        return False
+    return bool(given.is_floating_point() and weight.ndim == 2 and weight.shape[1] == given.shape[-1])
 
 
 class _AttentionWatch(TorchFunctionMode):

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from lrquant.architectures.targets import experts_in
 from lrquant.errors import UsageError
 
 IGNORED = "ignored by the recipe"
@@ -242,8 +243,8 @@ def _experts_beside(model: Any, path: str) -> Iterator[int]:
     for name, sibling in model.get_submodule(above).named_children():
         if f"{above}.{name}" == path:
             continue
-        if isinstance(sibling, nn.ModuleList) and len(sibling) > 1:
-            yield len(sibling)
+        if found := experts_in(sibling):
+            yield len(found)
         yield from (tensor.shape[0] for tensor in sibling.parameters(recurse=False) if tensor.ndim == 3)
 
 

@@ -12,13 +12,14 @@ Measurements (float16 tensors), by name:
     {block}|{transformation}|scale_start, _end
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lrquant.architectures.every_expert import name_in_every_expert
 from lrquant.architectures.targets import experts_alike, linears_of, watched_inputs
 from lrquant.formats.activation_quant import quantized_activations
 from lrquant.reconstruction.block_event import BlockDecision, BlockEvent
@@ -132,10 +133,11 @@ class Observer(Callback):
         block.sensitivity = looking.sensitivities(bool(decided.learned))
         block.inputs = self._look_at_inputs(looking, bool(smoothing))
         first = Smoothing().scales(smoothing_start)
-        for transformation, last in Smoothing().scales(smoothing).items():
+        scales = Smoothing().scales(smoothing)
+        for transformation in _shown(scales):
             key = f"{block.index}|{transformation}|scale"
             self._keep(f"{key}_start", _thinned(first[transformation]))
-            self._keep(f"{key}_end", _thinned(last))
+            self._keep(f"{key}_end", _thinned(scales[transformation]))
         self._look_at_weights(looking)
 
     def _look_at_inputs(self, looking: "_Looking", smoothed: bool) -> list[LinearInput]:
@@ -254,6 +256,14 @@ def shown_linears(block: nn.Module, quantized: Collection[str]) -> dict[str, tup
     alike = {name: same for same in experts for name in same}
     together = {name: alike.get(name, (name,)) for name in linears_of(block) if name in quantized}
     return {name: same for name, same in together.items() if same[0] == name}
+
+
+def _shown(transformations: Iterable[str]) -> list[str]:
+    """Those that are shown one by one: of experts' the first stands for all."""
+    firsts: dict[str, str] = {}
+    for name in transformations:
+        firsts.setdefault(name_in_every_expert(name), name)
+    return list(firsts.values())
 
 
 def choose_samples(stream: Sequence[Tensor]) -> list[int]:

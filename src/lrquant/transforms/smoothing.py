@@ -64,13 +64,15 @@ class NormToLinears:
     def initial(
         self, params: Parameters, statistics: Mapping[str, ChannelStatistics], init: str, alpha: float
     ) -> dict[str, Tensor]:
-        seen = statistics[self.linears[0]]
-        assert seen.absmax is not None
-        assert seen.midpoint is not None
+        readers = [linear for linear in self.linears if linear in statistics]  # of a router there are none
+        maxima = [seen for each in readers if (seen := statistics[each].absmax) is not None]
+        midpoint = statistics[readers[0]].midpoint
+        assert midpoint is not None
+        absmax = torch.stack(maxima).amax(0)  # an expert's own are of its tokens alone
         weight_absmax = torch.stack([params[f"{linear}.weight"].abs().amax(0) for linear in self.linears]).amax(0)
         shifts = f"{self.norm}.bias" in params and init != "neutral"
-        shift = seen.midpoint if shifts else torch.zeros_like(seen.midpoint)
-        return {"scale": initial_scale(seen.absmax, weight_absmax, init, alpha), "shift": shift}
+        shift = midpoint if shifts else torch.zeros_like(midpoint)
+        return {"scale": initial_scale(absmax, weight_absmax, init, alpha), "shift": shift}
 
     def record(self, params: Parameters, scale: Tensor, shift: Tensor | None, edits: Edits) -> None:
         edits.norm[self.norm] = (scale, shift, self.offset)
