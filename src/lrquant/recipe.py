@@ -152,6 +152,12 @@ class Recipe(BaseModel):
         "Begin windows with the BOS token, in calibration and evaluation; auto: if the tokenizer adds it to a text; "
         "off: as in published results",
     )
+    all_experts: bool = setting(
+        False,
+        Panel.CALIBRATION,
+        "Calibrate every expert of a mixture on all tokens, whichever its router sends it",
+        rare=True,
+    )
     seed: int = setting(0, Panel.CALIBRATION, "Seed of the samples and of their order", metavar="N", ge=0, lt=2**63)
 
     let: bool = setting(True, Panel.METHOD, "Smooth activations by learnable equivalent transformations (LET)")

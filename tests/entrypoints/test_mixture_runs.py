@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import lrquant
 from lrquant import Recipe
 from lrquant.errors import Interrupted
+from lrquant.loading.offload import open_offloaded
 from lrquant.runtime.distributed import ALONE, Ranks
 from tests import mixtures
 from tests.cli.run import lrquant as lrquant_here
@@ -41,7 +42,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_the_whole_of_lrquant_max(name: str, folder: Path) -> None:
-    """From memory, from disk block by block with its streams there, and after an interruption: the same bytes."""
+    """With its streams in memory, on disk, and after an interruption: the same bytes."""
     model = tiny(folder, name)
     run = functools.partial(lrquant.quantize, str(model), MOST, IDS)
     kept = run(save_dir=folder / f"{name}-max", keep_model=True)
@@ -60,6 +61,17 @@ def test_the_whole_of_lrquant_max(name: str, folder: Path) -> None:
     run(save_dir=folder / f"{name}-resumed")
     assert contents(folder / f"{name}-resumed") == expected
     assert torch.equal(logits(lrquant.load(str(folder / f"{name}-max"))), logits(kept.model))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+def test_experts_are_read_from_disk_with_their_block(name: str, folder: Path) -> None:
+    """One tensor an expert, fused and transposed, fused in all tokens' order: the same bytes as from memory."""
+    model = tiny(folder, name)
+    assert open_offloaded(str(model), torch.float32, None, False) is not None
+    recipe = Recipe.preset("lrquant-max", **FEW_STEPS)
+    for out, keep_model in (("streamed", False), ("whole", True)):
+        lrquant.quantize(str(model), recipe, IDS, save_dir=folder / f"{name}-{out}", keep_model=keep_model)
+    assert contents(folder / f"{name}-streamed") == contents(folder / f"{name}-whole")
 
 
 @pytest.mark.parametrize(

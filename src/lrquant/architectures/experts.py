@@ -13,7 +13,7 @@ interface (formats/activation_quant).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from lrquant.runtime import compat
 
 IMPLEMENTATION = "lrquant"
-_EVERYTHING = "_lrquant_sees_everything"  # an experts module's, while every expert is to see all tokens
+_EVERYTHING = "_lrquant_sees_everything"  # an experts module's, while all see all tokens: how many were each's
 _FEW = "_lrquant_few"  # an experts module's, while only its first ones work: how many
 _FALLBACK = "batched_mm"  # for experts that are not linears
 
@@ -125,7 +125,7 @@ def _forward(
     if not are_linears(self):
         result: Tensor = ALL_EXPERTS_FUNCTIONS[_FALLBACK](self, hidden_states, top_k_index, top_k_weights)
         return result
-    everything = getattr(self, _EVERYTHING, False)
+    everything = getattr(self, _EVERYTHING, None)
     if (few := getattr(self, _FEW, None)) is not None:
         tokens, choices = (torch.arange(count, device=top_k_index.device) for count in top_k_index.shape)
         top_k_weights = top_k_weights * (1 + top_k_index)
@@ -133,7 +133,8 @@ def _forward(
     output = torch.zeros_like(hidden_states)
     for number in range(self.num_experts):
         slots, tokens = torch.where((top_k_index == number).T)
-        if everything:
+        if everything is not None:
+            everything[number] += len(tokens)
             found = _answer(self, number, hidden_states)[tokens]
         elif len(tokens):
             found = _answer(self, number, hidden_states[tokens])
@@ -202,13 +203,16 @@ def names_in_files(model: Any) -> dict[str, str]:
 
 
 @contextmanager
-def seeing_everything(block: nn.Module) -> Iterator[None]:
+def seeing_everything(block: nn.Module) -> Iterator[Mapping[str, list[int]]]:
     """A context in which every expert of `block` processes all tokens, so that hooks on its linears see all of them.
 
-    The block's output still follows the router's choice.
+    The block's output still follows the router's choice. Yields the number of tokens routed to each expert so far, by
+    the path of its mixture.
     """
-    with _all_with(block, _EVERYTHING, True):
-        yield
+    modules = _mixtures(block)
+    chosen = {path: [0] * module.num_experts for path, module in modules.items()}
+    with _with(_EVERYTHING, [(module, chosen[path]) for path, module in modules.items()]):
+        yield chosen
 
 
 @contextmanager
@@ -218,17 +222,22 @@ def first_experts(block: nn.Module, count: int) -> Iterator[None]:
     All experts run the same code, so what a trial shows of a few holds for all, and takes a fraction of the memory.
     What an expert answers is multiplied by the chosen one's number: a change of the router's choice shows.
     """
-    with _all_with(block, _FEW, count):
+    with _with(_FEW, [(module, count) for module in _mixtures(block).values()]):
         yield
 
 
+def _mixtures(block: nn.Module) -> dict[str, Any]:
+    return {path: module for path, module in block.named_modules() if are_linears(module)}
+
+
 @contextmanager
-def _all_with(block: nn.Module, attribute: str, value: Any) -> Iterator[None]:
-    modules = [module for module in block.modules() if are_linears(module)]
-    for module in modules:
+def _with(attribute: str, values: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Within, each of these modules has its value of `attribute`."""
+    given = list(values)
+    for module, value in given:
         setattr(module, attribute, value)
     try:
         yield
     finally:
-        for module in modules:
+        for module, _ in given:
             delattr(module, attribute)

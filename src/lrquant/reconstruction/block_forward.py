@@ -1,7 +1,7 @@
 """Run one block on the samples of a stream, with its own weights or with weights that learnables give."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lrquant.architectures.experts import seeing_everything
 from lrquant.architectures.targets import experts_alike, linears_of, watched_inputs
 from lrquant.calibration.activation_cache import ActivationStore, Stream
 from lrquant.calibration.capture import BlockInputs
@@ -44,6 +45,7 @@ class BlockForward:
     device: torch.device
     batch: int  # samples of a step, over all ranks
     ranks: Ranks = ALONE
+    all_experts: bool = False  # whether experts are calibrated on all tokens
     expert_tokens: dict[str, int] = field(default_factory=dict)  # what each expert saw in the full-precision pass
 
     @property
@@ -87,6 +89,10 @@ class BlockForward:
         for start in range(0, len(everything), self.at_once):
             yield list(everything[start : start + self.at_once])
 
+    def _calibrating(self) -> AbstractContextManager[Mapping[str, Sequence[int]]]:
+        """Within, experts see the tokens that they are calibrated on; says which their router chose, if not those."""
+        return seeing_everything(self.block) if self.all_experts else nullcontext({})
+
     @timed("own-branch targets")
     @torch.no_grad()
     def outputs(
@@ -104,7 +110,7 @@ class BlockForward:
     def advance_full_precision(self, stream: Stream) -> tuple[dict[str, ChannelStatistics], set[str]]:
         """Replace `stream` by the block's outputs; returns the linears' input statistics and those with flat inputs."""
         seen = InputStatistics(self.block, self.ranks)
-        with watched_inputs(linears_of(self.block), seen):
+        with watched_inputs(linears_of(self.block), seen), self._calibrating() as routed:
             for chosen in self._batches():
                 seen.samples = len(chosen)
                 for sample, output in zip(
@@ -115,7 +121,7 @@ class BlockForward:
                             f"block {self.index} gives NaN or infinite outputs in full precision; try --dtype float32"
                         )
                     stream[sample] = output
-        self.expert_tokens = seen.tokens()
+        self.expert_tokens = seen.tokens(routed)
         return seen.statistics(self.samples), seen.flat()
 
     @timed("input statistics")
@@ -151,7 +157,8 @@ class BlockForward:
             formats[scale], most[scale] = inputs, linears[name].weight.new_zeros(())
         parameters = dict(frozen.parameters(next(self.block.parameters()).dtype))
         before_rounding = watched_inputs(linears, lambda name, x: see(names[name], x), first=True)
-        with before_rounding, nullcontext() if cache is None else watched_attention(self.block, see_cache):
+        of_cache = nullcontext() if cache is None else watched_attention(self.block, see_cache)
+        with self._calibrating(), before_rounding, of_cache:
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)
         found = {name: self.ranks.most(largest) for name, largest in most.items()}
@@ -206,7 +213,7 @@ class BlockForward:
                 moments[name] = rows.T @ rows
             latest[:] = x, name
 
-        with watched_inputs(linears_of(self.block), seen):
+        with watched_inputs(linears_of(self.block), seen), self._calibrating():
             for chosen in self._batches():
                 self._call(stream, chosen, parameters)
         missing = {name: linear for name, linear in linears_of(self.block).items() if name not in moments}

@@ -151,8 +151,7 @@ class LearnWindows:
             *(run.block_source.take(place.path).to(machine.device) for place in window[1:]),
         ]
         forwards = [
-            BlockForward(block, place.within, inputs, machine.device, task.forward.batch, machine.ranks)
-            for block, place in zip(blocks, window, strict=True)
+            replace(task.forward, block=block, index=place.within) for block, place in zip(blocks, window, strict=True)
         ]
         together = BlockForward(
             BlockWindow(blocks),

@@ -5,6 +5,8 @@ them; for these, the minimum and maximum over all tokens and the number of token
 gets the combined statistics of the others as a start, and the run's notes name it.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +39,7 @@ class InputStatistics:
             rows = x.reshape(1, -1, x.shape[-1])
             low, high = extremes_of(rows)
             self._routed[name] = torch.maximum(self._routed[name], torch.cat([-low, high]))
-            self._tokens[name] += rows.shape[1]
+            self._tokens[name] += int(rows.any(-1).sum())  # some families hand an expert zeros for others' tokens
             return
         low, high = extremes_of(x.reshape(self.samples, -1, x.shape[-1]))
         if self._ranks.alone:
@@ -64,7 +66,12 @@ class InputStatistics:
         """Linears whose inputs have no batch dimension: of experts that play the same part, all or none."""
         return self._flat.union(*(same for same in self._alike if self._flat.intersection(same)))
 
-    def tokens(self) -> dict[str, int]:
-        """Tokens that each expert of each mixture saw, by the path of the expert, over all ranks."""
+    def tokens(self, chosen: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Tokens that each expert of each mixture saw, by the path of the expert, over all ranks.
+
+        `chosen` counts them by mixture where experts see more tokens than their router sends them.
+        """
         firsts = {name.rpartition(".")[0]: name for same in reversed(self._alike) for name in same}
-        return {expert: int(self._ranks.sum(torch.tensor(self._tokens[name]))) for expert, name in firsts.items()}
+        own = {expert: self._tokens[name] for expert, name in firsts.items()}
+        own |= {f"{path}.{number}": count for path, each in chosen.items() for number, count in enumerate(each)}
+        return {expert: int(self._ranks.sum(torch.tensor(count))) for expert, count in own.items()}

@@ -47,8 +47,10 @@ class Streams:
 
     def task(self, place: BlockPlace, block: nn.Module) -> BlockTask:
         """The task of `block`, which is at `place` of the current stage."""
-        machine = self._run.machine
-        forward = BlockForward(block, place.within, self.inputs, machine.device, self.batch, machine.ranks)
+        machine, all_experts = self._run.machine, self._run.recipe.all_experts
+        forward = BlockForward(
+            block, place.within, self.inputs, machine.device, self.batch, machine.ranks, all_experts=all_experts
+        )
         return BlockTask(self._run, place, block, forward, self.full_precision, self.quantized)
 
 
