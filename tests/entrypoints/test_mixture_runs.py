@@ -47,7 +47,8 @@ def test_the_whole_of_lrquant_max(name: str, folder: Path) -> None:
     run = functools.partial(lrquant.quantize, str(model), MOST, IDS)
     kept = run(save_dir=folder / f"{name}-max", keep_model=True)
     assert all(record.final_loss < record.initial_loss for record in kept.records)
-    assert any("scales and norms were learned for the whole model" in note for note in kept.notes)
+    assert kept.result.tuning is not None
+    assert kept.result.tuning.final_loss <= kept.result.tuning.initial_loss
     learned = kept.result.learned[1]
     for part in ("clip_low", "rotation"):  # offsets are not kept once they are integers
         assert sum(each.endswith(f"_proj.{part}") and ".experts." in each for each in learned) == 4 * 3
@@ -60,7 +61,8 @@ def test_the_whole_of_lrquant_max(name: str, folder: Path) -> None:
         run(save_dir=folder / f"{name}-resumed", callback=Stops(1))
     run(save_dir=folder / f"{name}-resumed")
     assert contents(folder / f"{name}-resumed") == expected
-    assert torch.equal(logits(lrquant.load(str(folder / f"{name}-max"))), logits(kept.model))
+    loaded = lrquant.load(str(folder / f"{name}-max"))
+    assert torch.allclose(logits(loaded), logits(kept.model), atol=1e-5)  # interleaved rows add up in another order
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])

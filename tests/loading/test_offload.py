@@ -25,6 +25,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gpt_neox": {"tie_word_embeddings": False},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 128, "tie_word_embeddings": False},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 128},
 }
 

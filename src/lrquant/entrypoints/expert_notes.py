@@ -24,9 +24,7 @@ def expert_notes(result: Reconstruction) -> list[str]:
     }
     none = [expert for expert, tokens in seen.items() if tokens == 0]
     few = [expert for expert, tokens in seen.items() if 0 < tokens < FEW]
-    remedy = (
-        "they were calibrated on all tokens" if result.recipe.all_experts else "use more samples, or --all-experts"
-    )
+    remedy = "they were calibrated on all tokens" if result.recipe.all_experts else "use more samples, or --all-experts"
     for experts, what in ((none, "no calibration token"), (few, f"fewer than {FEW} calibration tokens")):
         if experts:
             notes.append(f"{len(experts)} of {len(seen)} experts were sent {what} ({_shortened(experts)}); {remedy}.")

@@ -115,10 +115,10 @@ def open_offloaded(
         raise
     except Exception as error:  # a stranger's configuration reaches everything underneath
         raise cannot_load(name, error) from error
-    stages = family_of(model).stages(model, towers)
     source = source_tensors(model, weight_files(folder), name)
     compat.remember_conversions(model, list(source.conversions))  # by which saving renames them back
     expose_linears(model)
+    stages = family_of(model).stages(model, towers)
     sources = exposed_sources(model, source)
     if len(stages) > 1 or sources is None or compat.keeps_parts_in_float32(model, dtype):
         return None
