@@ -293,6 +293,12 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", Panel.MACHINE, "Precision of the computation; auto: float32 on CPUs, bfloat16 elsewhere"
     )
+    store: Literal["source", "half"] = setting(
+        "source",
+        Panel.FORMAT,
+        "Precision of scales and of everything that is not quantized; half: bfloat16 where the source is float32",
+        rare=True,
+    )
     products: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",
         Panel.MACHINE,

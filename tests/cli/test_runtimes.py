@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from lrquant.recipe import Recipe
 from tests.cli.run import lrquant
@@ -46,3 +47,16 @@ def test_what_cannot_run_there_is_refused(tiny: Path, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     assert "W6A6: does not run in vLLM" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_a_float32_model_gets_scales_that_llama_cpp_holds(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    model = write_tiny(tmp_path / "model", dtype=torch.float32)
+    done = lrquant("quantize", model, "--save-dir", tmp_path / "w4", *QUICK, "--for", "llama.cpp")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "w4" / "config.json").read_text())["dtype"] == "bfloat16"
+    done = lrquant("export", tmp_path / "w4", "--to", "gguf", tmp_path / "w4.gguf")
+    assert done.returncode == 0, done.stderr
+    plain = lrquant("quantize", model, "--save-dir", tmp_path / "plain", *QUICK, "--wbits", 4, "--abits", 16)
+    assert plain.returncode == 0, plain.stderr
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["dtype"] == "float32"

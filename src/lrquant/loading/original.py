@@ -77,7 +77,7 @@ class Original:
         expose_linears(model)
         family = family_of(model)
         stages = family.stages(model, recipe.towers)
-        dtype = checkpoint_dtype(recipe.scheme, model.dtype)
+        dtype = _storage_dtype(recipe, model.dtype)
         return cls(name, model.eval(), family, stages, dtype, BlockSource(model), processor)
 
 
@@ -115,9 +115,15 @@ def open_original(
     family = family_of(model)
     stages = family.stages(model, recipe.towers)
     processor = processor or load_processor(name, modality_of(model), trust_remote_code)
-    storage_dtype = checkpoint_dtype(recipe.scheme, stored_dtype(name, trust_remote_code))
+    storage_dtype = _storage_dtype(recipe, stored_dtype(name, trust_remote_code))
     block_source = offloaded[1] if offloaded is not None else BlockSource(model, keeps)
     return Original(name, model, family, stages, storage_dtype, block_source, processor, tensors, notes)
+
+
+def _storage_dtype(recipe: Recipe, source: torch.dtype) -> torch.dtype:
+    """The precision of what the checkpoint holds in floating point, made from a model stored in `source`."""
+    halved = recipe.store == "half" and source == torch.float32
+    return checkpoint_dtype(recipe.scheme, torch.bfloat16 if halved else source)
 
 
 def _refuse_quantized(model: Any, name: str) -> None:

@@ -48,7 +48,7 @@ def _found(runtime: Runtime, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     own: dict[str, Any] = {"quantize_attention": False}
     preferences = _PREFERENCES
     if runtime.key == "llama.cpp":
-        own["abits"] = 16  # it rounds activations its own way
+        own |= {"abits": 16, "store": "half"}  # it rounds activations its own way, and has float16 scales
         preferences = _IN_BLOCKS[1:] if given.get("wbits", 4) in _SMALLER_BLOCK else _IN_BLOCKS
     second = None
     for preference in preferences if given.get("numbers", "int") == "int" else ({},):

@@ -29,7 +29,7 @@ def pack(weight: QuantizedWeight, bits: int, known: BlockFormat) -> NDArray[np.u
     if not torch.equal(scale.half().float(), scale):
         raise UsageError(
             f"scales of {str(weight.scale.dtype).removeprefix('torch.')} precision, which do not fit llama.cpp's "
-            "float16; quantize a copy of the model in bfloat16 or float16"
+            "float16; quantize the model again with --store half"
         )
     integers = weight.codes.to(torch.int16).reshape(rows, -1, BLOCK)
     fields = [_bytes(scale.half())]
