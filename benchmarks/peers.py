@@ -32,7 +32,7 @@ from lrquant.calibration.text import calibration_samples, evaluation_ids
 from lrquant.errors import LrquantError
 from lrquant.evaluation import perplexity
 from lrquant.loading.pretrained import load_model, load_tokenizer
-from lrquant.recipe import PRESETS
+from lrquant.method_presets import PRESETS
 from methods import recipe_of
 from peers_table import FULL, MORE_ROWS, OURS, PEERS, ROWS, append_line, fitted, impossible, overview, read_lines, table
 

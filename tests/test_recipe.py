@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from lrquant.errors import UsageError
-from lrquant.recipe import PRESETS, Recipe
+from lrquant.method_presets import PRESETS
+from lrquant.recipe import Recipe
 from lrquant.reconstruction.learnables.rates import clipping_rate, smoothing_rate
 
 KEYS = tuple(Recipe.model_fields)

@@ -19,6 +19,7 @@ ROOMS = [
     ["errors", "settings"],
     ["runtime"],
     ["formats", "losses"],
+    ["method_presets", "recipe_yaml"],
     ["recipe"],
     ["transforms", "runtimes"],
     ["architectures"],

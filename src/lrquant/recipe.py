@@ -1,7 +1,7 @@
 """The recipe: everything that determines a quantized model besides the model and the text.
 
-A recipe is saved with every result as `recipe.yaml` and reproduces it. Presets are the published methods as rows of one
-table: all run in the same engine with parts switched on or off.
+A recipe is saved with every result as `recipe.yaml` and reproduces it. Presets (method_presets.py) are the published
+methods as rows of one table: all run in the same engine with parts switched on or off.
 
 A setting is one field of `Recipe`, declared by `lrquant.settings.setting`:
 
@@ -9,14 +9,13 @@ A setting is one field of `Recipe`, declared by `lrquant.settings.setting`:
 
 That is all: `--window N` appears in the panel *Method and its parts* of `lrquant quantize --help` with its default in
 every preset, recipes can contain it, and `python scripts/cli_reference.py` adds it to `docs/cli.md`. A preset with
-another value has it in `PRESETS`, or in the tables after it if it depends on the number format. All types of pydantic
-are possible: a tuple of literals is given with commas, a tuple of strings by repeating the option; a mapping has no
-option (`option=None`). A renamed field gives its earlier name (`formerly="…"`), which stays valid.
+another value has it in `PRESETS` (method_presets.py), or in the tables after it if it depends on the number format. All
+types of pydantic are possible: a tuple of literals is given with commas, a tuple of strings by repeating the option; a
+mapping has no option (`option=None`). A renamed field gives its earlier name (`formerly="…"`), which stays valid.
 
 Nothing here imports torch, so that help is fast.
 """
 
-import reprlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,6 +26,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from lrquant.errors import RenamedWarning, UsageError
+from lrquant.method_presets import (
+    DEFAULT_ABITS,
+    DEFAULT_NSAMPLES,
+    DEFAULT_NUMBERS,
+    PRESETS,
+    defaults,
+    number_formats,
+    with_format,
+)
+from lrquant.recipe_yaml import RecipeLoader, shown
 from lrquant.settings import HIGH_PRECISION_BITS, Panel, setting, setting_of
 
 if TYPE_CHECKING:
@@ -81,7 +90,7 @@ class Recipe(BaseModel):
     )
 
     numbers: str = setting(
-        "int",
+        DEFAULT_NUMBERS,
         Panel.FORMAT,
         "Numbers of weights and activations: int for integers, or the name of another format",
         option=None,
@@ -90,7 +99,7 @@ class Recipe(BaseModel):
         None, Panel.FORMAT, "Numbers of activations, by the same names", option=None, unset="those of the weights"
     )
     wbits: int = setting(4, Panel.FORMAT, "Bits per weight, 2 to 8; 16 leaves weights in 16 bits", metavar="BITS")
-    abits: int = setting(4, Panel.FORMAT, "Bits per activation, 2 to 8; 16 is weight-only", metavar="BITS")
+    abits: int = setting(DEFAULT_ABITS, Panel.FORMAT, "Bits per activation, 2 to 8; 16 is weight-only", metavar="BITS")
     group_size: int | None = setting(
         None, Panel.FORMAT, "Input channels that share a scale", metavar="CHANNELS", unset="a whole row", ge=1
     )
@@ -136,7 +145,7 @@ class Recipe(BaseModel):
         option="calib",
         metavar="NAME|PATH",
     )
-    nsamples: int = setting(128, Panel.CALIBRATION, "Calibration samples", metavar="N", ge=1, le=1_000_000)
+    nsamples: int = setting(DEFAULT_NSAMPLES, Panel.CALIBRATION, "Calibration samples", metavar="N", ge=1, le=1_000_000)
     seqlen: int | None = setting(
         None,
         Panel.CALIBRATION,
@@ -327,8 +336,8 @@ class Recipe(BaseModel):
     @field_validator("numbers", "input_numbers")
     @classmethod
     def _known_numbers(cls, name: str | None) -> str | None:
-        if name is not None and name not in _formats():
-            raise ValueError(f"there are {', '.join(_formats())}")
+        if name is not None and name not in number_formats():
+            raise ValueError(f"there are {', '.join(number_formats())}")
         return name
 
     @field_validator("kv_cache")
@@ -368,7 +377,7 @@ class Recipe(BaseModel):
 
         odd = next((item for item in (self.layer_bits or {}).items() if item[1] not in BITS), None)
         if odd:
-            raise ValueError(f"layer_bits of {_shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
+            raise ValueError(f"layer_bits of {shown(odd[0])} = {odd[1]}: integers have 2 to 8 bits")
         if self.window_overlap >= self.window:
             raise ValueError(
                 f"window_overlap {self.window_overlap} of window {self.window}: the overlap must be smaller"
@@ -411,9 +420,9 @@ class Recipe(BaseModel):
         for pattern, own in self.formats.items():
             odd = next((name for name in own if name not in LINEAR_FORMAT), None)
             if odd or not own:
-                raise ValueError(f"formats of {_shown(pattern)}: {odd or 'nothing'}; give {', '.join(LINEAR_FORMAT)}")
+                raise ValueError(f"formats of {shown(pattern)}: {odd or 'nothing'}; give {', '.join(LINEAR_FORMAT)}")
             if own.get("wbits") == HIGH_PRECISION_BITS:
-                raise ValueError(f"formats of {_shown(pattern)}: to leave linears in floating point there is ignore")
+                raise ValueError(f"formats of {shown(pattern)}: to leave linears in floating point there is ignore")
             self._of_linears(own)
 
     def _of_linears(self, own: Mapping[str, int | bool | None]) -> "LinearFormat":
@@ -428,11 +437,11 @@ class Recipe(BaseModel):
 
     @property
     def _weights(self) -> "NamedFormat":
-        return _formats()[self.numbers]
+        return number_formats()[self.numbers]
 
     @property
     def _inputs(self) -> "NamedFormat":
-        return _formats()[self.input_numbers or self.numbers]
+        return number_formats()[self.input_numbers or self.numbers]
 
     @property
     def scheme(self) -> "Scheme":
@@ -489,7 +498,7 @@ class Recipe(BaseModel):
         if method not in PRESETS:
             raise UsageError(f"unknown method {method!r}: there are {', '.join(PRESETS)}")
         chosen = with_format(format, renamed(changes))
-        return cls.parse({"method": method} | _defaults(method, chosen, paper_exact) | chosen)
+        return cls.parse({"method": method} | defaults(method, chosen, paper_exact) | chosen)
 
     @classmethod
     def parse(cls, values: Any) -> "Recipe":
@@ -501,7 +510,7 @@ class Recipe(BaseModel):
             where = ".".join(str(part) for part in first["loc"]) or "recipe"
             if first["type"] == "extra_forbidden":
                 raise UsageError(f"unknown recipe key {where!r}: there are {', '.join(cls.model_fields)}") from None
-            value = f" = {_shown(first['input'])}" if first["loc"] else ""
+            value = f" = {shown(first['input'])}" if first["loc"] else ""
             raise UsageError(f"{where}{value}: {first['msg'].removeprefix('Value error, ')}") from None
 
     def changed(self, **changes: Any) -> "Recipe":
@@ -525,7 +534,7 @@ class Recipe(BaseModel):
                 raise UsageError(f"{path}: cannot read the recipe (it is not a file)")
             if path.stat().st_size > _MAX_YAML_BYTES:
                 raise UsageError(f"{path}: larger than {_MAX_YAML_BYTES} bytes, which is too large for a recipe")
-            values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+            values = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot read the recipe ({error})") from None
         except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -538,26 +547,7 @@ class Recipe(BaseModel):
         method = values.get("method", "lrquant")
         if not isinstance(method, str) or method not in PRESETS:
             raise UsageError(f"{path}: unknown method {method!r}: there are {', '.join(PRESETS)}")
-        return cls.parse(_defaults(method, values) | values)
-
-
-def with_format(name: str | None, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` that are not None, and the fields of the format called `name`.
-
-    Raises:
-        UsageError: no such format, or a change says otherwise.
-    """
-    chosen = {key: value for key, value in changes.items() if value is not None}
-    if name is None:
-        return chosen
-    from lrquant.formats.presets import FORMATS
-
-    if name not in FORMATS:
-        raise UsageError(f"unknown format {name!r}: there are {', '.join(FORMATS)}")
-    for key, value in FORMATS[name].items():
-        if chosen.get(key, value) != value:
-            raise UsageError(f"{key} = {chosen[key]}: the format {name} has {value}; leave out one of the two")
-    return _format_defaults(FORMATS[name]) | FORMATS[name] | chosen
+        return cls.parse(defaults(method, values) | values)
 
 
 def renamed(values: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -576,145 +566,3 @@ def renamed(values: Mapping[Any, Any]) -> dict[Any, Any]:
         warnings.warn(f"{former} is now called {name}", RenamedWarning, stacklevel=3)
         result[name] = result.pop(former)
     return result
-
-
-def _shown(value: Any) -> str:
-    """`value` in a line of an error, shortened."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # a number with more digits than Python prints
-        return "a number of thousands of digits"
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases, which could expand to more data than fits into memory, and without duplicate keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not allowed in a recipe")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key {_shown(twice)} appears twice")
-        return super().construct_mapping(node, deep)
-
-
-_NO_LEARNING: dict[str, Any] = {"lwc": False, "epochs": 0, "smooth_attention": False, "smooth_mlp": False}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "rtn": _NO_LEARNING | {"let": False},
-    "smoothquant": _NO_LEARNING | {"init": "smoothquant", "shift": "off"},
-    "omniquant": {"init": "smoothquant", "loss": "mse", "smooth_mlp": False, "schedule": "constant"},
-    "lrquant": {},
-    "lrquant+": {"two_branch": True, "dynamic_loss": True, "rotation_vectors": True},
-    "lrquant-max": {
-        "two_branch": True,
-        "dynamic_loss": True,
-        "rotation_vectors": True,
-        "rounding": "learned",
-        "epochs": 10,
-        "batch_size": 8,
-        "let_lr": 5e-3,  # offsets are learned for the scales as they are: those had better stay near
-    },
-}
-
-_PAPER: dict[str, Any] = {
-    "bos": "off",
-    "epochs": 20,
-    "batch_size": 1,
-    "let_lr": 5e-3,
-    "lwc_lr": 1e-2,
-    "schedule": "constant",
-    "smooth_mlp": False,
-}
-PAPER_EXACT: dict[str, dict[str, Any]] = {
-    "omniquant": _PAPER,
-    "lrquant": _PAPER | {"shift": "on"},
-    "lrquant+": _PAPER | {"shift": "on", "two_branch": True, "dynamic_loss": True, "rotation_vectors": True},
-}
-
-
-def _defaults(method: str, chosen: Mapping[str, Any], paper_exact: bool = False) -> dict[str, Any]:
-    """What the preset `method` is for the number format in `chosen`, values that nobody checked yet."""
-    bits, row = chosen.get("abits", Recipe.model_fields["abits"].default), _row(chosen.get("numbers"))
-    weights = chosen.get("target_bits") or chosen.get("wbits")
-    few = isinstance(weights, int | float) and weights < FINE_WEIGHT_BITS
-    coarse = few if row.chooses else row.weights.bits <= FINE_WEIGHT_BITS
-    few_activation_bits = row.chooses and bits in range(2, FEW_ACTIVATION_BITS + 1)
-    values = dict(PRESETS[method])
-    if bits == HIGH_PRECISION_BITS:
-        values |= WEIGHT_ONLY.get(method, {})
-    if few_activation_bits:
-        values |= FEW_BITS.get(method, {})
-    elif coarse:
-        values |= COARSE_WEIGHTS.get(method, {})
-    samples = chosen.get("nsamples", Recipe.model_fields["nsamples"].default)
-    if method in SAMPLES_OF_A_STEP and isinstance(samples, int):
-        values["batch_size"] = max(1, min(values["batch_size"], samples // SAMPLES_OF_A_STEP[method]))
-    if paper_exact:
-        values |= _paper_exact(method, chosen)
-    return values | _format_defaults(chosen)
-
-
-def _formats() -> Mapping[str, "NamedFormat"]:
-    """The table of number formats, by what `numbers` says."""
-    import lrquant.formats  # noqa: F401 - whose rows register themselves
-    from lrquant.formats.presets import TABLE
-
-    return TABLE
-
-
-def _row(name: Any) -> "NamedFormat":
-    """The row called `name`, a value that nobody checked yet; integers' in place of none or an unknown one."""
-    default = _formats()[Recipe.model_fields["numbers"].default]
-    return _formats().get(name, default) if isinstance(name, str) else default
-
-
-def _format_defaults(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """What every preset changes for the number formats in `chosen`."""
-    weights, inputs = _row(chosen.get("numbers")), _row(chosen.get("input_numbers") or chosen.get("numbers"))
-    values = {} if inputs.chooses else {"quantize_attention": False}  # no attention has them
-    if not weights.chooses and not weights.weights.takes_gain:
-        values["rotation_vectors"] = False
-    return values | dict(weights.defaults)
-
-
-def _paper_exact(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's setting of `method`; weight-only learns clipping (and rotations) without smoothing."""
-    if method not in PAPER_EXACT:
-        raise UsageError(f"paper_exact works with {', '.join(PAPER_EXACT)}; {method} learns nothing")
-    return PAPER_EXACT[method] | ({"let": False} if chosen.get("abits") == HIGH_PRECISION_BITS else {})
-
-
-# What a preset changes when activations are left alone: OmniQuant then learns clipping only, as published; beside
-# learned rounding LRQuant+'s parts bring nothing more, and tuning does, which rounded activations drown.
-WEIGHT_ONLY: dict[str, dict[str, Any]] = {
-    "omniquant": {"let": False},
-    "lrquant-max": {"two_branch": False, "dynamic_loss": False, "rotation_vectors": False, "tuning_epochs": 4},
-}
-
-# What a preset changes for activations of few integer bits: an outlier channel leaves the others hardly any of them,
-# and a massive activation makes MSE the error of one token. Weight-only at two bits, the balanced loss did harm.
-FEW_ACTIVATION_BITS = 6
-FEW_BITS: dict[str, dict[str, Any]] = {
-    "lrquant-max": {"rotate": ("auto",), "loss": "balanced", "dynamic_loss": False},
-}
-
-# A step takes one of so many samples, up to the preset's batch size: learned rounding would have too few steps with few
-# samples (docs/benchmarks.md).
-SAMPLES_OF_A_STEP = {"lrquant-max": 16}
-
-# What a preset changes for weights of fewer integer bits than these and for four-bit floats, unless coarse activations
-# drown what more epochs bring (docs/benchmarks.md).
-FINE_WEIGHT_BITS = 4
-COARSE_WEIGHTS: dict[str, dict[str, Any]] = {"lrquant-max": {"epochs": 24}}
-
-# The same tables with the words by which help names their condition.
-ADJUSTMENTS: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
-    ("for 16-bit activations", WEIGHT_ONLY),
-    (f"for activations of {FEW_ACTIVATION_BITS} bits or fewer", FEW_BITS),
-    (f"for weights below {FINE_WEIGHT_BITS} bits and four-bit floats", COARSE_WEIGHTS),
-)

@@ -10,7 +10,8 @@ from lrquant.cli.completion import FORMAT_NAMES
 from lrquant.cli.settings import default_words, words_of
 from lrquant.errors import RenamedWarning, UsageError
 from lrquant.formats.presets import FORMATS
-from lrquant.recipe import PRESETS, Recipe
+from lrquant.method_presets import PRESETS
+from lrquant.recipe import Recipe
 from lrquant.settings import Panel, setting_of
 from tests.cli.run import lrquant
 from tests.tiny import write_tiny

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import lrquant
 from lrquant import LrquantError, Recipe, UsageError
 from lrquant.loading.validation import check_folder, weight_files
-from lrquant.recipe import PRESETS
+from lrquant.method_presets import PRESETS
 from lrquant.reconstruction.records import BlockRecord
 from lrquant.resume.manifest import BlockEntry, Placing, RunEntry, read_entry, write_entry
 from tests.tiny import write_tiny

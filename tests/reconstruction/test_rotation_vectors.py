@@ -10,7 +10,7 @@ from torch.func import functional_call
 import lrquant
 from lrquant import Recipe
 from lrquant.architectures import family_of
-from lrquant.recipe import PAPER_EXACT
+from lrquant.method_presets import PAPER_EXACT
 from lrquant.reconstruction.block_parameters import freeze, quantized_parameters
 from lrquant.reconstruction.fixed_parameters import BlockParameters
 from lrquant.reconstruction.learnables import Start

@@ -24,7 +24,7 @@ def model_names(incomplete: str) -> list[str]:
 
 def method_names(incomplete: str) -> list[str]:
     """Presets that begin with `incomplete`."""
-    from lrquant.recipe import PRESETS
+    from lrquant.method_presets import PRESETS
 
     return _starting(incomplete, list(PRESETS))
 

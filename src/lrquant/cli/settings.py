@@ -233,7 +233,8 @@ def words_of(value: Any, field: "FieldInfo") -> str:
 
 def default_words(name: str) -> str:
     """A setting's default in every preset: `6; rtn, smoothquant: 0; lrquant-max: 10, with weights below 4 bits 24`."""
-    from lrquant.recipe import ADJUSTMENTS, PRESETS, Recipe
+    from lrquant.method_presets import ADJUSTMENTS, PRESETS
+    from lrquant.recipe import Recipe
 
     field = Recipe.model_fields[name]
     usual = words_of(field.default, field)
