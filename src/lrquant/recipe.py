@@ -302,6 +302,15 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", Panel.MACHINE, "Precision of the computation; auto: float32 on CPUs, bfloat16 elsewhere"
     )
+    threads: int | None = setting(
+        None,
+        Panel.MACHINE,
+        "CPU threads; another number rounds sums differently and gives other bytes",
+        unset="PyTorch's choice",
+        rare=True,
+        ge=1,
+        le=4096,
+    )
     store: Literal["source", "half"] = setting(
         "source",
         Panel.FORMAT,

@@ -45,6 +45,17 @@ def test_the_resolved_recipe_is_the_one_that_is_saved(tiny: Path, tmp_path: Path
     assert quantized.recipe == resolved == Recipe.from_yaml(tmp_path / "out" / "recipe.yaml")
 
 
+def test_the_number_of_threads_is_kept_and_taken(tiny: Path) -> None:
+    """Sums over other parts are rounded differently, so a recipe brings its number along."""
+    before = torch.get_num_threads()
+    try:
+        assert prepare(tiny, recipe(), HERE).recipe.threads == before
+        assert prepare(tiny, recipe(threads=before + 1), HERE).recipe.threads == before + 1
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_token_ids_from_memory_are_counted_and_named(tiny: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
     resolved = prepare(model, recipe(), HERE, calibration=IDS).recipe

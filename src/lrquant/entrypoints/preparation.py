@@ -127,6 +127,8 @@ def prepare(
     elif calibration is not None:
         given = calibration if isinstance(calibration, TokenIds) else TokenIds(calibration)
     check_shared(recipe, given, machine.ranks)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     if isinstance(model_or_path, str | Path):
         original = open_original(
             model_or_path,

@@ -7,6 +7,7 @@
 | what passes decide | the model (`Pass.resolve`): which rotations cost nothing |
 | products | the device: bfloat16 where it multiplies that fast and something is learned |
 | kernels | the device and the work ahead |
+| threads | on a CPU, the threads that PyTorch uses |
 
 The bits of a mixed-precision run follow from measured errors and come later, from that pass.
 """
@@ -52,6 +53,8 @@ def resolve(
     if recipe.products == "auto":
         fast = recipe.learns and has_fast_bfloat16(machine.device)
         changes["products"] = "bfloat16" if fast else "float32"
+    if machine.device.type == "cpu":
+        changes["threads"] = torch.get_num_threads()
     changes["kernels"] = resolve_kernels(recipe, original, machine, samples=samples)
     resolved = recipe.changed(**changes)
     return Recipe.parse(json.loads(machine.ranks.text(json.dumps(resolved.model_dump(mode="json")))))
