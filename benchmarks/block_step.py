@@ -34,7 +34,7 @@ from lrquant.formats.activation_quant import quantized_activations, route_attent
 from lrquant.losses import objective, terms
 from lrquant.reconstruction import block_parameters as parameters
 from lrquant.reconstruction.block_forward import BlockForward
-from lrquant.reconstruction.block_optimizer import learn
+from lrquant.reconstruction.block_optimizer import Batches, learn
 from lrquant.reconstruction.block_preparation import enabled_equivalences, linear_input_args
 from lrquant.reconstruction.compiled_block import CompiledBlocks
 from lrquant.reconstruction.fixed_parameters import BlockParameters
@@ -183,7 +183,7 @@ def main(
     gathered, flat = run.advance_full_precision(inputs.hidden)
     targets = [inputs.hidden] if own is None else [inputs.hidden, own]
     fixed = BlockParameters.of(
-        block, enabled_equivalences(family.equivalences(config), recipe), recipe.scheme, torch.bfloat16
+        block, enabled_equivalences(family.equivalences(config), recipe, ""), recipe.scheme, torch.bfloat16
     )
     start = first_values(fixed, Start(recipe, statistics=gathered))
     weights = sum(tensor.numel() for tensor in fixed.tensors.values())
@@ -217,7 +217,7 @@ def main(
         optimizer = torch.optim.AdamW(learnables.values(), lr=1e-4, fused=name != "plain")
 
         with (
-            quantized_activations(block, linear_input_args(block, recipe, flat), recipe.scheme.attention_inputs),
+            quantized_activations(block, linear_input_args(block, recipe.scheme, flat), recipe.scheme.attention_inputs),
             kernels.using(kernel),
             plain() if name == "plain" else kernels.using(kernel),
         ):
@@ -249,7 +249,8 @@ def main(
             if whole:
                 epochs = max(1, whole * batch // len(samples))
                 began = time.perf_counter()
-                learn(forward, start, len(samples), batch, chosen.changed(epochs=epochs), 0, lambda *_: None)
+                learned = chosen.changed(epochs=epochs)
+                learn(forward, start, Batches(len(samples), batch), recipe=learned, seed=0, on_epoch=lambda *_: None)
                 synchronize(device)
                 cells.append(f"{time.perf_counter() - began:.1f}")
         print(f"| {' | '.join(cells)} |", flush=True)

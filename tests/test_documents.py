@@ -110,7 +110,7 @@ def test_code_runs(page: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     from lrquant.cli import demo
     from lrquant.report import page as report_page
 
-    monkeypatch.setattr(report_page, "_sections", lambda *_: [])  # figures have tests of their own
+    monkeypatch.setattr(report_page, "sections", lambda *_: [])  # figures have tests of their own
 
     few = {"nsamples": 2, "seqlen": 64}
     show = demo.SHOWS["zoo:llama"]

@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny(folder: Path, name: str) -> Path:
-    return write_tiny(folder / name, name, **mixtures.MIXTURES[name][1] | {"tie_word_embeddings": False})
+    kind, changes = mixtures.MIXTURES[name]
+    return write_tiny(folder / name, kind, **changes | {"tie_word_embeddings": False})
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def test_experts_are_read_from_disk_with_their_block(name: str, folder: Path) ->
         ("mixtral", {"format": "nvfp4", "rounding": "learned"}),
         ("deepseek_v3", {"format": "nvfp4", "rounding": "gptq"}),
         ("qwen3_moe", {"method": "smoothquant", "wbits": 8, "abits": 8}),
-        ("llama4", {"wbits": 3, "abits": 4}),
+        ("llama4", {"wbits": 4, "abits": 8}),
     ],
 )
 def test_ways_of_rounding_and_formats_of_experts(name: str, changes: dict[str, Any], folder: Path) -> None:

@@ -63,7 +63,7 @@ def test_attention_inputs_are_quantized_by_load_and_only_there(tiny: Path, tmp_p
     assert torch.equal(logits(lrquant.load(str(tmp_path / "out"))), logits(quantized.model))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
     assert not torch.equal(logits(plain), logits(quantized.model))
-    assert any("Queries, keys and values" in note for note in quantized.notes)
+    assert any("queries, keys and values" in note for note in quantized.notes)
 
 
 def test_it_loads_and_generates_where_lrquant_is_not_installed(tiny: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_vision_towers_have_values_alone_to_rotate() -> None:
         after = vision_models.output_of(model, inputs)
     assert float((after - before).abs().max() / before.abs().max()) < EXACT
     for part in ("stream", "down"):
-        with pytest.raises(UsageError, match=f"'{part}': vit models cannot"):
+        with pytest.raises(UsageError, match=f"rotate '{part}': vit models do not support it"):
             rotated(model, part)
 
 

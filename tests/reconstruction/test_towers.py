@@ -13,7 +13,7 @@ from lrquant.entrypoints.preparation import PreparedRun
 from lrquant.entrypoints.resolve import resolve
 from lrquant.entrypoints.results import keep_activations_quantized
 from lrquant.errors import UsageError
-from lrquant.export.compressed_tensors import block_tensors, outside_tensors
+from lrquant.export.packing import Packer
 from lrquant.export.saving import About, sizes_in_memory, write_checkpoint
 from lrquant.loading.auto_class import auto_model, modality_of
 from lrquant.loading.checkpoint import load
@@ -42,9 +42,9 @@ def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
 
 def save(folder: Path, model: Any, result: Reconstruction, recipe: Recipe) -> None:
     folder.mkdir()
-    sizes = sizes_in_memory(model, result, recipe.stored_scheme, torch.float32)
-    outside = outside_tensors(model, result, recipe.stored_scheme, torch.float32)
-    groups = itertools.chain(outside, block_tensors(model, result, recipe.stored_scheme, torch.float32))
+    sizes = sizes_in_memory(model, result, torch.float32)
+    packer = Packer(model, recipe.stored_scheme, torch.float32)
+    groups = itertools.chain(packer.outside(result), packer.blocks(result))
     about, dtype = About("original"), torch.float32
     write_checkpoint(folder, model, result, groups=groups, storage_dtype=dtype, about=about, sizes_of=lambda _: sizes)
 

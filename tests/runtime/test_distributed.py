@@ -218,11 +218,11 @@ def test_a_rank_that_dies_ends_the_run_and_another_number_of_ranks_goes_on(
     real, learned = solving.learn, []
     here = ALONE
 
-    def dies(forward: Any, begin: Any, samples: int, batch: int, recipe: Recipe, seed: int, *rest: Any) -> Any:
+    def dies(*arguments: Any, seed: int, **more: Any) -> Any:
         learned.append(seed)
         if here.rank == dead and here.world == 2 and seed == 2:
             os._exit(9)
-        return real(forward, begin, samples, batch, recipe, seed, *rest)
+        return real(*arguments, seed=seed, **more)
 
     monkeypatch.setattr(solving, "learn", dies)
 

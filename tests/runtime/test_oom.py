@@ -42,11 +42,11 @@ def test_a_run_that_runs_out_keeps_its_blocks(tmp_path: Path, monkeypatch: pytes
     real = solving.learn
     calls = []
 
-    def learn(*arguments: Any) -> Any:
+    def learn(*arguments: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(solving, "learn", learn)
     ids = [torch.arange(32)[None], torch.arange(32, 64)[None]]

@@ -4,7 +4,8 @@
 |---|---|
 | `pack-quantized` | `weight_packed`: `bits` bits each in int32 words, across their borders; `weight_shape` |
 | `nvfp4-pack-quantized`, `mxfp4-pack-quantized` | `weight_packed`: two in a byte |
-| `int-quantized`, `float-quantized`, `mxfp8-quantized`, … | `weight`: one in a byte |
+| `int-quantized`, `float-quantized`, `naive-quantized`, `mxfp8-quantized` | `weight`: one in a byte |
+| any other | as compressed-tensors' own packer makes them of the dequantized weight |
 
 Nothing is rounded here: codes, scales and zero points are those that the block was learned with.
 """
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
 from lrquant.export.whole_weights import needs_whole_weights
@@ -54,6 +57,10 @@ def _in_bytes(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 _CODES: dict[CompressionFormat, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
     CompressionFormat.pack_quantized: _in_words,
+    CompressionFormat.int_quantized: _in_bytes,
+    CompressionFormat.float_quantized: _in_bytes,
+    CompressionFormat.naive_quantized: _in_bytes,
+    CompressionFormat.mxfp8_quantized: _in_bytes,
     CompressionFormat.nvfp4_pack_quantized: _in_nibbles,
     CompressionFormat.mxfp4_pack_quantized: _in_nibbles,
 }
@@ -63,17 +70,27 @@ def pack_weight(
     weight: QuantizedWeight, scheme: Scheme, storage_dtype: torch.dtype, *, whole: bool = False
 ) -> dict[str, Tensor]:
     """A linear's tensors by name within it; `scheme` is its own, `whole` as in `formats.layout.storage_format`."""
-    scales = weight.format.scales
+    stored, scales = storage_format(scheme, whole), weight.format.scales
+    if stored not in _CODES:
+        return _packed_by_library(weight, scheme, stored)
     packed = {"weight_scale": scales.on_disk(weight.scale, weight.global_scale, storage_dtype)}
     if weight.global_scale is not None:
         packed[f"weight{scales.global_name}"] = weight.global_scale
-    packed |= _CODES.get(storage_format(scheme, whole), _in_bytes)(weight)
+    packed |= _CODES[stored](weight)
     zero = packed.get("weight_zero_point")
     if zero is not None and pads_zero_points(scheme, whole):
         packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, weight.scale.shape[0] - zero.shape[0]))
     elif zero is not None and zero.shape[0] == 1:
         # Of few rows; compressed-tensors 0.18 to 0.20 cannot unpack zero points that lie in a single one.
         packed["weight_zero_point"] = nn.functional.pad(zero, (0, 0, 0, 1))
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
+
+
+def _packed_by_library(weight: QuantizedWeight, scheme: Scheme, stored: CompressionFormat) -> dict[str, Tensor]:
+    given = {"weight": weight.dequantized(), "weight_scale": weight.scale.float()}
+    given |= {} if weight.zero is None else {"weight_zero_point": weight.zero}
+    packer = BaseCompressor.get_value_from_registry(stored.value)
+    packed = packer.compress(given, QuantizationScheme(targets=[], weights=scheme.weights))
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 

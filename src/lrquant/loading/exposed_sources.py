@@ -33,6 +33,8 @@ class Part:
                 tensor: Tensor = stored[:] if self.number is None else stored[self.number]
         except (OSError, SafetensorError) as error:
             raise LrquantError(f"{file}: this weight file is damaged ({error}); fetch it again") from error
+        if self.transposed and self.rows == slice(None):
+            return tensor.T  # strided as in the model's own memory: products round by it
         return (tensor.T if self.transposed and tensor.ndim == 2 else tensor)[self.rows].contiguous()
 
 
