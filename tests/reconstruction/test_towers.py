@@ -20,12 +20,13 @@ from lrquant.loading.checkpoint import load
 from lrquant.loading.original import Original
 from lrquant.passes.pipeline import carry_out
 from lrquant.recipe import Recipe
+from lrquant.reconstruction.callbacks import Callback
 from lrquant.reconstruction.result import Reconstruction
 from lrquant.runtime.execution import Machine
 from tests.vision_models import MODELS, MULTIMODAL, build, inputs_of, output_of
 
 
-def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
+def quantized(name: str, callback: Callback | None = None, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
     model = build(name, torch.float32)
     towers = changes.pop("towers", family_of(model).towers)
     recipe = Recipe.preset(changes.pop("method", "lrquant"), nsamples=3, towers=towers, **changes)
@@ -35,7 +36,7 @@ def quantized(name: str, **changes: Any) -> tuple[Any, Reconstruction, Recipe]:
     original, machine = Original.in_memory(model, recipe), Machine(torch.device("cpu"))
     recipe = resolve(recipe, original, machine, samples=samples, given=None)
     prepared = PreparedRun(original, recipe, recipe, samples, machine)
-    result = carry_out(prepared.run(prepared.cache("host")))
+    result = carry_out(prepared.run(prepared.cache("host"), callback=callback or Callback()))
     keep_activations_quantized(model, recipe, result)
     return model, result, recipe
 
@@ -175,3 +176,16 @@ def test_parts_outside_the_blocks_are_rounded_when_chosen(
 def test_a_part_that_is_not_there_is_named() -> None:
     with pytest.raises(UsageError, match="projector"):
         quantized("vit", method="rtn", extra=("projector",))
+
+
+def test_blocks_of_later_towers_have_numbers_of_their_own() -> None:
+    """A block's number seeds its order of samples, and is what callbacks hear."""
+    name = next(name for name in MODELS if name in MULTIMODAL)
+    heard: list[int] = []
+
+    class Hears(Callback):
+        def epoch_done(self, block: int, epoch: int, loss: float) -> None:
+            heard.append(block)
+
+    quantized(name, callback=Hears(), wbits=4, abits=4, epochs=1)
+    assert heard == [0, 1, 2, 3]

@@ -85,7 +85,7 @@ class Learn:
         begun = self.begin(task)
         targets = [task.full_precision] if own_targets is None else [task.full_precision, own_targets]
         with self.rounding(task, begun):
-            problem = Problem(begun.fixed, begun.start, task.quantized, targets)
+            problem = Problem(task.place.index, begun.fixed, begun.start, task.quantized, targets)
             learned = solve(forward, problem, recipe=recipe, compiled=run.compiled, on_epoch=run.callback.epoch_done)
             if rival is not None:
                 now = forward.fixed_function(rival.parameters, task.quantized, targets, loss=recipe.loss)

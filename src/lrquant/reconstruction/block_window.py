@@ -194,7 +194,7 @@ class LearnWindows:
         begun = self._begun[index] = self.learn.begin(task)
         if _within(self._carried, f"{index}."):  # as the journal has it
             return
-        problem = Problem(begun.fixed, begun.start, task.quantized, [task.full_precision, *own_targets])
+        problem = Problem(index, begun.fixed, begun.start, task.quantized, [task.full_precision, *own_targets])
         with self.learn.rounding(task, begun):
             learned = solve(
                 forward, problem, recipe=run.recipe, compiled=run.compiled, on_epoch=run.callback.epoch_done

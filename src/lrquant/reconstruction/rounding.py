@@ -25,6 +25,7 @@ from lrquant.reconstruction.learnables import Learnables
 class Problem:
     """What a block is to learn: learnables that bring its outputs on `stream` close to `targets`."""
 
+    index: int  # of the block in the model; it seeds the order of samples
     fixed: BlockParameters
     start: Learnables
     stream: Sequence[Tensor]
@@ -40,7 +41,7 @@ def solve(
     on_epoch: Callable[[int, int, float], None],
 ) -> Learned:
     """The learned block; `on_epoch(block, epoch, loss)` is called after every epoch."""
-    fixed, index = problem.fixed, forward.index
+    fixed, index = problem.fixed, problem.index
     graph = compiled.of(forward.block, fixed) if forward.inputs.shared() else None
     loss = forward.forward_function(fixed, problem.stream, problem.targets, recipe=recipe, graph=graph)
     learned = learn(
