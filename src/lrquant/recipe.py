@@ -126,6 +126,12 @@ class Recipe(BaseModel):
         ge=2,
         le=9,
     )
+    store: Literal["source", "half"] = setting(
+        "source",
+        Panel.FORMAT,
+        "Precision of scales and of everything that is not quantized; half: bfloat16 where the source is float32",
+        rare=True,
+    )
     layer_bits: dict[str, int] | None = setting(
         None, Panel.FORMAT, "Bits of each linear's weights, by name; chosen by mixed precision", option=None
     )
@@ -310,12 +316,6 @@ class Recipe(BaseModel):
         rare=True,
         ge=1,
         le=4096,
-    )
-    store: Literal["source", "half"] = setting(
-        "source",
-        Panel.FORMAT,
-        "Precision of scales and of everything that is not quantized; half: bfloat16 where the source is float32",
-        rare=True,
     )
     products: Literal["auto", "float32", "bfloat16"] = setting(
         "auto",

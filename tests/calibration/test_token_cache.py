@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from lrquant.calibration import token_cache
@@ -24,7 +25,7 @@ class Counted:
 
 
 def test_the_second_time_costs_nothing_and_gives_the_same() -> None:
-    token_cache._ids.clear()
+    token_cache._ids.cache_clear()
     tokenizer = Counted(load_tokenizer("zoo:llama"))
     first = tokenize(tokenizer, "a text")
     first[0] += 1  # what a caller does to its copy changes no other
@@ -42,8 +43,15 @@ def test_another_tokenizer_is_another() -> None:
 
 
 def test_few_texts_are_kept() -> None:
-    token_cache._ids.clear()
+    token_cache._ids.cache_clear()
     tokenizer = load_tokenizer("zoo:llama")
     for number in range(token_cache.MOST_TEXTS + 3):
         tokenize(tokenizer, f"text {number}")
-    assert len(token_cache._ids) == token_cache.MOST_TEXTS
+    assert token_cache._ids.cache_info().currsize == token_cache.MOST_TEXTS
+
+
+def test_a_long_text_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    token_cache._ids.cache_clear()
+    monkeypatch.setattr(token_cache, "MOST_CHARACTERS", 3)
+    tokenize(load_tokenizer("zoo:llama"), "long")
+    assert token_cache._ids.cache_info().currsize == 0

@@ -43,9 +43,10 @@ def test_the_bundled_model_within_thirty_percent(tmp_path: Path) -> None:
     assert guessed["seconds"] > 2 * 2 * 6 * guessed["step_seconds"] > 0  # 2 epochs of 2 steps, 6 blocks
 
 
-def test_time_within_thirty_percent_on_the_bundled_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lrquant", "lrquant+"])
+def test_time_within_thirty_percent_on_the_bundled_model(method: str, tmp_path: Path) -> None:
     """In seconds of this process, not of the clock: other work on the machine is no concern of the estimate."""
-    recipe = Recipe.preset("lrquant+", wbits=4, abits=4, calibration=text_file(tmp_path), nsamples=12, seqlen=128)
+    recipe = Recipe.preset(method, wbits=4, abits=4, calibration=text_file(tmp_path), nsamples=12, seqlen=128)
     recipe = recipe.changed(batch_size=4, epochs=5, kernels="eager", early_stop=0.0)
 
     def child(work: Callable[[], float], name: str) -> float:

@@ -271,7 +271,8 @@ def _for_runtime(
     """`given` with settings that make the result run in `runtime`; the bits can come from a recipe's file."""
     if runtime is None:
         return given
-    from lrquant.recipe import Recipe, with_format
+    from lrquant.method_presets import with_format
+    from lrquant.recipe import Recipe
     from lrquant.runtimes.choice import settings_for
 
     asked = with_format(format, given)
@@ -297,7 +298,8 @@ def _warn_of_unserved(recipe: "Recipe") -> None:
 
 def _recipe(given: dict[str, Any], file: Path | None, lr_plus: bool, paper_exact: bool, format: str | None) -> "Recipe":
     """The recipe given by the options; `given` has the values of its fields."""
-    from lrquant.recipe import Recipe, with_format
+    from lrquant.method_presets import with_format
+    from lrquant.recipe import Recipe
 
     method = given.pop("method", None)
     if lr_plus and method not in (None, "lrquant", "lrquant+"):

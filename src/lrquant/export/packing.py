@@ -5,9 +5,10 @@
 | `pack-quantized` | `weight_packed`: `bits` bits each in int32 words, across their borders; `weight_shape` |
 | `nvfp4-pack-quantized`, `mxfp4-pack-quantized` | `weight_packed`: two in a byte |
 | `int-quantized`, `float-quantized`, `naive-quantized`, `mxfp8-quantized` | `weight`: one in a byte |
-| any other | as compressed-tensors' own packer makes them of the dequantized weight |
+| any other | as compressed-tensors' own packer makes them, of the dequantized weight |
 
-Nothing is rounded here: codes, scales and zero points are those that the block was learned with.
+Codes, scales and zero points are those that the block was learned with. Only the last row rounds again, and the result
+is checked against the codes.
 """
 
 import math
@@ -21,6 +22,7 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor, nn
 
+from lrquant.errors import LrquantError
 from lrquant.export.whole_weights import needs_whole_weights
 from lrquant.formats import Scheme
 from lrquant.formats.fake_quant import QuantizedWeight
@@ -90,7 +92,12 @@ def _packed_by_library(weight: QuantizedWeight, scheme: Scheme, stored: Compress
     given = {"weight": weight.dequantized(), "weight_scale": weight.scale.float()}
     given |= {} if weight.zero is None else {"weight_zero_point": weight.zero}
     packer = BaseCompressor.get_value_from_registry(stored.value)
-    packed = packer.compress(given, QuantizationScheme(targets=[], weights=scheme.weights))
+    quantization = QuantizationScheme(targets=[], weights=scheme.weights)
+    packed = packer.compress(given, quantization)
+    if not weight.codes.is_meta:
+        again = packer.decompress(packed, quantization)["weight"].float()
+        if not torch.equal(again, given["weight"].to(again.dtype)):
+            raise LrquantError(f"compressed-tensors packs {stored.value} weights with other values than were learned")
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 

@@ -17,18 +17,11 @@ _NEEDS_WHOLE: dict[type[nn.Module], bool] = {}  # by class, tried once (skeleton
 
 
 def needs_whole_weights(model: nn.Module, path: str) -> bool:
-    """Whether the block at `path` is one that transformers cannot load with packed weights (see formats.layout).
-
-    A block that stands alone (as `model`, without a path) is known where its class was asked about within a model.
-    """
-    from transformers import PreTrainedModel
-
+    """Whether transformers cannot load the block at `path` of `model` with packed weights (see formats.layout)."""
     kind = type(model.get_submodule(path))
     if any(part in kind.__module__ for part in _FILLED_WEIGHTS):
         return True
     if kind not in _NEEDS_WHOLE:
-        if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
-            return False
         _NEEDS_WHOLE[kind] = fills_weights(model, path, tuple(linears_of(model.get_submodule(path))))
     return _NEEDS_WHOLE[kind]
 

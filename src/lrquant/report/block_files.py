@@ -1,7 +1,7 @@
 """What was measured of finished blocks, kept in an unfinished run's folder until the run resumes.
 
-report/00012.safetensors   the block's measurements (observer.py)
-report/00012.json          its numbers, and the checksum of that file
+- `report/00012.safetensors`: the block's measurements (observer.py)
+- `report/00012.json`: its numbers, and the checksum of that file
 """
 
 from pathlib import Path
