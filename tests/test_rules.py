@@ -187,7 +187,6 @@ BY_PLACE = {
     "reconstruction.journal": 3,
     "reconstruction.learnables.end_to_end_factor": 1,
     "report.observer": 1,
-    "report.sections": 1,
     "report.style": 1,
     "resume.fingerprint": 1,
     "resume.journal": 1,

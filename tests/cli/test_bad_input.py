@@ -1,21 +1,46 @@
 """Bad input: one clear line, the right exit code, and nothing left behind."""
 
-import json
 import os
-import pickle
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from tests.cli.bad_inputs import (
+    QUICK,
+    Case,
+    a_fifo,
+    a_run_folder_that_is_a_link,
+    a_strangers_run_folder,
+    below_a_file,
+    calibration,
+    calibration_file,
+    command,
+    config,
+    damaged,
+    damaged_result,
+    disguised_pickle,
+    flip,
+    huge_tokenizer,
+    in_place_of_the_weights,
+    index,
+    lose_a_shard,
+    nan_weight,
+    occupied,
+    only_a_pickle,
+    quantize,
+    raw,
+    recipe_file,
+    rewrite,
+    save_dir_is_a_file,
+    shards_without_index,
+    text_file,
+    truncate,
+    unfinished,
+    without_tokenizer,
+)
 from tests.cli.run import lrquant
 from tests.tiny import write_tiny
-
-QUICK = ["--method", "rtn", "--calib", "zoo:pydoc", "--nsamples", "2", "--seqlen", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -23,236 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-def quantize(*arguments: Any) -> Callable[[Path, Path], list[Any]]:
-    """A case that quantizes the tiny model with `arguments` after the quick ones (the last of an option wins)."""
-    return lambda tiny, tmp: ["quantize", tiny, *QUICK, *arguments, "--save-dir", tmp / "out"]
-
-
-def with_files(make: Callable[[Path, Path], list[Any]]) -> Callable[[Path, Path], list[Any]]:
-    return make
-
-
-def text_file(text: str) -> Callable[[Path, Path], list[Any]]:
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        (tmp / "text.txt").write_text(text)
-        return ["quantize", tiny, *QUICK, "--calib", tmp / "text.txt", "--save-dir", tmp / "out"]
-
-    return case
-
-
-def recipe_file(text: str) -> Callable[[Path, Path], list[Any]]:
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        (tmp / "recipe.yaml").write_text(text)
-        return ["quantize", tiny, "--recipe", tmp / "recipe.yaml", "--save-dir", tmp / "out"]
-
-    return case
-
-
-def damaged(change: Callable[[Path], None]) -> Callable[[Path, Path], list[Any]]:
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        shutil.copytree(tiny, tmp / "model")
-        change(tmp / "model")
-        return ["quantize", tmp / "model", *QUICK, "--save-dir", tmp / "out"]
-
-    return case
-
-
-def truncate(model: Path) -> None:
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-
-
-def damaged_result(change: Callable[[Path], None]) -> Callable[[Path, Path], list[Any]]:
-    """A quantized model that something happened to afterwards."""
-
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        lrquant("quantize", tiny, *QUICK, "--save-dir", tmp / "quantized", "--no-report")
-        change(tmp / "quantized")
-        return ["eval", tmp / "quantized", "--ppl", "zoo:pydoc", "--seqlen", 32, "--limit-windows", 1]
-
-    return case
-
-
-def flip(model: Path) -> None:
-    weights = bytearray((model / "model.safetensors").read_bytes())
-    weights[-1000] ^= 1
-    (model / "model.safetensors").write_bytes(weights)
-
-
-def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
-    def on(model: Path) -> None:
-        tensors = load_file(model / "model.safetensors")
-        change(tensors)
-        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-
-    return on
-
-
-def lose_a_shard(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    names = sorted(tensors)
-    (model / "model.safetensors").unlink()
-    save_file(
-        {name: tensors[name] for name in names[::2]}, model / "model-00001-of-00002.safetensors", {"format": "pt"}
-    )
-    index = {name: f"model-0000{1 + position % 2}-of-00002.safetensors" for position, name in enumerate(names)}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-
-
-def nan_weight(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
-
-
-class Bomb:
-    """Goes off when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return (Path("exploded").touch, ())  # in the working directory, where the test would find it
-
-
-def only_a_pickle(model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
-
-
-def disguised_pickle(model: Path) -> None:
-    (model / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-
-
-def index(weight_map: Any) -> Callable[[Path], None]:
-    """The weights in one shard under an index of our own."""
-
-    def on(model: Path) -> None:
-        (model / "model.safetensors").rename(model / "shard.safetensors")
-        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-    return on
-
-
-def config(**changes: Any) -> Callable[[Path], None]:
-    def on(model: Path) -> None:
-        values = json.loads((model / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(values | changes))
-
-    return on
-
-
-def raw(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda model: (model / name).write_bytes(content) and None
-
-
-def without_tokenizer(model: Path) -> None:
-    for path in model.glob("*token*"):
-        path.unlink()
-
-
-def huge_tokenizer(model: Path) -> None:
-    os.truncate(model / "tokenizer.json", 3 << 30)  # a sparse file
-
-
-def a_fifo(name: str) -> Callable[[Path], None]:
-    def on(model: Path) -> None:
-        (model / name).unlink()
-        os.mkfifo(model / name)
-
-    return on
-
-
-def shards_without_index(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
-
-
-def unfinished(content: str | None) -> Callable[[Path, Path], list[Any]]:
-    """A run's folder with this in place of its description; None: a FIFO."""
-
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        (tmp / ".out.lrquant").mkdir()
-        (tmp / ".out.lrquant" / "lock").write_text("lrquant 1\n")
-        (tmp / ".out.lrquant" / "00000.json").write_text("{}")  # a block: the folder is worth keeping
-        if content is None:
-            os.mkfifo(tmp / ".out.lrquant" / "run.json")
-        else:
-            (tmp / ".out.lrquant" / "run.json").write_text(content)
-        return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
-
-    return case
-
-
-def below_a_file(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / "file").touch()
-    return ["quantize", tiny, *QUICK, "--save-dir", tmp / "file" / "out"]
-
-
-def an_empty_folder(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / "texts").mkdir()
-    return ["quantize", tiny, *QUICK, "--calib", tmp / "texts", "--save-dir", tmp / "out"]
-
-
-def calibration_file(name: str, content: bytes) -> Callable[[Path, Path], list[Any]]:
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        (tmp / name).write_bytes(content)
-        return ["quantize", tiny, *QUICK, "--calib", tmp / name, "--save-dir", tmp / "out"]
-
-    return case
-
-
-def occupied(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / "out").mkdir()
-    (tmp / "out" / "precious.txt").write_text("mine")
-    return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
-
-
-def save_dir_is_a_file(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / "out").write_text("mine")
-    return ["quantize", tiny, *QUICK, "--save-dir", tmp / "out"]
-
-
-def command(*words: Any) -> Callable[[Path, Path], list[Any]]:
-    """A case of another command: TINY stands for the tiny model, TMP and TMP/NAME for places in the test's folder."""
-
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        known = {"TINY": tiny, "TMP": tmp}
-        return [known.get(word) or (tmp / word[4:] if str(word).startswith("TMP/") else word) for word in words]
-
-    return case
-
-
-def calibration_link(target: str) -> Callable[[Path, Path], list[Any]]:
-    def case(tiny: Path, tmp: Path) -> list[Any]:
-        (tmp / "text.txt").symlink_to(target)
-        return ["quantize", tiny, *QUICK, "--calib", tmp / "text.txt", "--save-dir", tmp / "out"]
-
-    return case
-
-
-def calibration_fifo(tiny: Path, tmp: Path) -> list[Any]:
-    os.mkfifo(tmp / "text.txt")
-    return ["quantize", tiny, *QUICK, "--calib", tmp / "text.txt", "--save-dir", tmp / "out"]
-
-
-def a_strangers_run_folder(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / ".out.lrquant").mkdir()
-    (tmp / ".out.lrquant" / "mine.txt").write_text("mine")
-    return ["quantize", tiny, *QUICK, "--restart", "--save-dir", tmp / "out"]
-
-
-def a_run_folder_that_is_a_link(tiny: Path, tmp: Path) -> list[Any]:
-    (tmp / "other").mkdir()
-    (tmp / "other" / "mine.txt").write_text("mine")
-    (tmp / ".out.lrquant").symlink_to(tmp / "other")
-    return ["quantize", tiny, *QUICK, "--restart", "--save-dir", tmp / "out"]
-
-
-def in_place_of_the_weights(make: Callable[[Path], None]) -> Callable[[Path], None]:
-    def on(model: Path) -> None:
-        (model / "model.safetensors").unlink()
-        make(model / "model.safetensors")
-
-    return on
-
-
-# name → (exit code, what the line says, the command)
-CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
+CASES: dict[str, tuple[int, str, Case]] = {
     "unknown model": (
         2,
         "not a local folder",
@@ -453,7 +249,7 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
     "adaptation to nothing": (2, "--tta adapts to evaluation texts", quantize("--tta")),
     "below a file": (2, "cannot be written", below_a_file),
     # Calibration files.
-    "an empty folder of texts": (2, "no .", an_empty_folder),
+    "an empty folder of texts": (2, "no .", calibration(Path.mkdir, "texts")),
     "a text in no encoding": (2, "cannot be read as text", calibration_file("a.txt", b"\xff\xfe\x81")),
     "a table without text": (2, "needs a column named 'text'", calibration_file("a.jsonl", b'{"n": 1}\n')),
     "a broken table": (2, "not a readable", calibration_file("a.jsonl", b'{"text": \n')),
@@ -520,8 +316,12 @@ CASES: dict[str, tuple[int, str, Callable[[Path, Path], list[Any]]]] = {
         damaged(rewrite(lambda t: t.update({"model.layers.5.mlp.up_proj.weight": torch.ones(128, 64)}))),
     ),
     # Files and folders that are not ours.
-    "a text that never ends": (2, "text.txt: not a regular file", calibration_link("/dev/zero")),
-    "a text that never begins": (2, "text.txt: not a regular file", calibration_fifo),
+    "a text that never ends": (
+        2,
+        "text.txt: not a regular file",
+        calibration(lambda path: path.symlink_to("/dev/zero")),
+    ),
+    "a text that never begins": (2, "text.txt: not a regular file", calibration(os.mkfifo)),
     "a stranger's run folder": (2, "did not create this one; move it away", a_strangers_run_folder),
     "a run folder that is a link": (2, "did not create this one; move it away", a_run_folder_that_is_a_link),
     "a text of another kind": (2, "not .csv", calibration_file("a.csv", b"a,b\n")),

@@ -63,7 +63,10 @@ def test_the_whole_of_lrquant_max(name: str, folder: Path) -> None:
     run(save_dir=folder / f"{name}-resumed")
     assert contents(folder / f"{name}-resumed") == expected
     loaded = lrquant.load(str(folder / f"{name}-max"))
-    assert torch.allclose(logits(loaded), logits(kept.model), atol=1e-5)  # interleaved rows add up in another order
+    if name == "gpt_oss":  # its rows are interleaved in memory, and so added up in another order
+        assert torch.allclose(logits(loaded), logits(kept.model), atol=1e-5)
+    else:
+        assert torch.equal(logits(loaded), logits(kept.model))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])

@@ -1,5 +1,6 @@
 """A recipe is resolved once: what is left to the model and the machine is decided, and saved beside the result."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ def test_the_number_of_threads_is_kept_and_taken(tiny: Path) -> None:
         assert prepare(tiny, recipe(), HERE).recipe.threads == before
         assert prepare(tiny, recipe(threads=before + 1), HERE).recipe.threads == before + 1
         assert torch.get_num_threads() == before + 1
+        many = (os.cpu_count() or 1) + 1
+        assert f"asks for {many} CPU threads" in prepare(tiny, recipe(threads=many), HERE).notes[0]
     finally:
         torch.set_num_threads(before)
 

@@ -6,6 +6,7 @@ resolve   the recipe with nothing left to be chosen
 check     what the run would refuse is refused here, before anything is changed or written
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,9 @@ class PreparedRun:
         notes = []
         if self.coverage is not None and (warning := self.coverage.warning()):
             notes.append(warning)
+        threads, cores = self.asked.threads, os.cpu_count()
+        if threads is not None and cores is not None and threads > cores:
+            notes.append(f"The recipe asks for {threads} CPU threads, more than the {cores} cores here, which is slow.")
         return [*notes, *self.original.notes]
 
     def cache(self, activations: Any = "auto", folder: Path = Path(), samples: int | None = None) -> ActivationStore:

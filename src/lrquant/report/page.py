@@ -34,7 +34,7 @@ def write_comparison(directories: Sequence[Path], output: Path) -> Path:
     runs = list(zip(names, loaded, strict=True))
     with drawing():
         drawn = [
-            picture(f"compare-{kind}", figures.compared_depth(runs, kind, SERIES), title, caption)
+            picture(f"compare-{kind}", figures.compared_depth(runs, kind, SERIES), title=title, caption=caption)
             for kind, title, caption in (
                 (
                     "end",
