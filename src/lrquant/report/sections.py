@@ -1,4 +1,4 @@
-"""The pictures of a run's report: which there are, in which order, and what is said of each."""
+"""The figures of a run's report, in order, with their titles and captions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
